@@ -1,0 +1,19 @@
+"""Prompts: what every source yields."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question.
+
+    `text` is the bare question; templates are applied later. `answer` is the reference answer, None where a reward needs none.
+    `meta` holds whatever else the source knows (language, difficulty, tests), plain JSON values only.
+    """
+
+    id: str
+    text: str
+    answer: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
