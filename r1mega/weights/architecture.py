@@ -1,0 +1,77 @@
+"""What a model is, read from its Hugging Face `config.json`. Planner, weight tables and Megatron configuration all start here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Routed and shared experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    experts: int
+    shared_experts: int
+    top_k: int
+    intermediate_size: int
+    first_dense_layers: int
+    groups: int
+    top_groups: int
+    scoring: Literal["sigmoid", "softmax"]
+    normalize: bool
+    scaling: float
+    expert_bias: bool
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (arXiv 2309.00071)."""
+
+    factor: float
+    original_length: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency-dependent RoPE scaling of Llama 3.1."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One transformer, in the field's words; sizes are element counts."""
+
+    family: Literal["deepseek_v3", "deepseek_v2", "qwen2", "llama"]
+    vocab: int
+    hidden: int
+    layers: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope: Yarn | Llama3Rope | None
+    max_positions: int
+    tied: bool
+    qkv_bias: bool
+    mla: Mla | None
+    moe: Moe | None
+    mtp_layers: int
