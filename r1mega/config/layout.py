@@ -30,7 +30,6 @@ class Layout(Closed):
     ep: int = Field(1, ge=1, description="expert-parallel size")
     etp: int = Field(1, ge=1, description="tensor-parallel size inside each expert")
     cp: int = Field(1, ge=1, description="context-parallel size")
-    sequence_parallel: bool = Field(True, description="shard activations over tp between the tensor-parallel blocks; ignored when tp is 1")
     pipeline: str | None = Field(
         None,
         description="Megatron-Core's pipeline layout string, such as 'Et|(tt|)*30mL' (E embedding, t layer, m MTP layer, L loss); "
@@ -60,6 +59,17 @@ class Layout(Closed):
         if world_size % expert_ranks:
             raise ValueError(f"etp x ep x pp = {expert_ranks} does not divide the {world_size} ranks")
         return world_size // expert_ranks
+
+    def pipeline_string(self, layers: int, mtp_layers: int) -> str:
+        """Megatron-Core's layout string: the one given, or layers spread evenly with remainders on the front stages.
+
+        The embedding stands on the first stage, MTP layers and the loss on the last.
+        """
+        if self.pipeline is not None:
+            return self.pipeline
+        stages = self.pp * self.vpp
+        counts = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+        return "E" + "|".join("t" * count for count in counts) + "m" * mtp_layers + "L"
 
     def coordinates(self, rank: int, world_size: int) -> Coordinates:
         """Coordinates of a rank, as `megatron.core.parallel_state` assigns them."""

@@ -1,0 +1,59 @@
+"""The two platforms: a CPU with gloo and a CUDA machine with NCCL. Chosen once, by `start`; nothing else asks which it is.
+
+A platform answers: where tensors live, which collectives carry them, which kernels a layer is made of, how FP8 is configured.
+"""
+
+from datetime import timedelta
+from types import ModuleType
+from typing import Any, Literal
+
+from r1mega import env
+
+Spelling = Literal["local", "te"]
+
+_active: ModuleType | None = None
+
+
+def start(name: str, threads: int) -> None:
+    """Choose the platform and join the process group that torchrun describes.
+
+    Args:
+        name: "cpu" or "cuda".
+        threads: BLAS threads of this process; used on the CPU.
+
+    Raises:
+        UserError: the platform cannot run here; names what is missing.
+    """
+    global _active
+    import torch.distributed as dist
+
+    if name == "cpu":
+        from r1mega.megatron.platform import cpu as chosen
+    else:
+        from r1mega.megatron.platform import cuda as chosen  # type: ignore[no-redef]
+    chosen.prepare(threads)
+    _active = chosen
+    if not dist.is_initialized():
+        ranks = env.ranks()
+        if ranks.world_size == 1:
+            # One process needs no launcher: a store of its own makes `python -c` and notebooks work.
+            dist.init_process_group(chosen.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(chosen.BACKEND, timeout=timedelta(minutes=30))
+
+
+def stop() -> None:
+    """Leave the process group and forget the platform."""
+    global _active
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _active = None
+
+
+def active() -> Any:
+    """The started platform: module `cpu` or `cuda`, which offer the same names."""
+    if _active is None:
+        raise RuntimeError("no platform: call r1mega.megatron.platform.start first")
+    return _active

@@ -1,0 +1,100 @@
+"""The CPU platform: gloo, SDPA, and Megatron-Core's local layers with the replacements in `kernels`."""
+
+from typing import Any
+
+import torch
+
+from r1mega.megatron.platform import standins
+
+BACKEND = "gloo"
+SPELLING = "local"
+
+
+def prepare(threads: int) -> None:
+    """Thread count and stand-ins; call before anything of Megatron-Core is built."""
+    torch.set_num_threads(threads)
+    standins.install()
+
+
+def device() -> torch.device:
+    return torch.device("cpu")
+
+
+def config_overrides(fp8: str) -> dict[str, Any]:
+    """TransformerConfig fields that this platform decides. Fusions are CUDA kernels; FP8 needs tensor cores."""
+    if fp8 != "none":
+        from r1mega.errors import UserError
+
+        raise UserError(f"train.fp8={fp8} needs run.platform=cuda; on a CPU use fp8=none")
+    return {
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "bias_dropout_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def layer_spec(config: Any, experts: int | None) -> Any:
+    """Spec of one transformer layer, dense when `experts` is None."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    from r1mega.megatron.platform.kernels import CpuKernels, PackedAttention, RmsNorm, WholeLinear
+
+    if config.multi_latent_attention:
+        attention = ModuleSpec(
+            module=MLASelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=MLASelfAttentionSubmodules(
+                linear_q_proj=ColumnParallelLinear,
+                linear_q_down_proj=WholeLinear,
+                linear_q_up_proj=ColumnParallelLinear,
+                linear_kv_down_proj=WholeLinear,
+                linear_kv_up_proj=ColumnParallelLinear,
+                core_attention=PackedAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=RmsNorm,
+                kv_layernorm=RmsNorm,
+            ),
+        )
+    else:
+        attention = ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=PackedAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=IdentityOp,
+                k_layernorm=IdentityOp,
+            ),
+        )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RmsNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RmsNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=CpuKernels(), num_experts=experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def kernels() -> Any:
+    """Megatron-Core's provider of layer parts, for the pieces outside a layer (MTP, final norm)."""
+    from r1mega.megatron.platform.kernels import CpuKernels
+
+    return CpuKernels()

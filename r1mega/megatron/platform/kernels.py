@@ -1,0 +1,269 @@
+"""Layer kernels for the CPU where Megatron-Core's local spec refuses or miscomputes what V3 needs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm; unlike torch's wrapped one it may stand inside a sequence-parallel region."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class WholeLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole: Transformer Engine's `parallel_mode="duplicated"`.
+
+    MLA's down projections must be of this kind. As column-parallel layers their gathered output feeds every rank's heads,
+    and the gather's backward only splits: gradients come out wrong by up to 2 % without any error.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, bias: bool = False, **_: Any
+    ) -> None:
+        super().__init__()
+        assert not bias, "no family has a bias here"
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        if config.perform_initialization:
+            init_method(self.weight)
+        set_tensor_model_parallel_attributes(self.weight, False, -1, 1)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.linear(x, self.weight), None
+
+
+class PackedAttention(nn.Module):
+    """Causal softmax attention over packed sequences, with context parallelism, through torch's SDPA.
+
+    Sequences are laid into a padded batch, longest lengths together, and attended in one call per length bucket: a causal mask
+    already hides the padding at a sequence's end, and one call for many short sequences beats a Python loop over them.
+    Under context parallelism keys and values are gathered (the gather's backward is a reduce-scatter) and queries are masked
+    by their global position.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        assert pg_collection is not None
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [tokens, heads, qk_dim]
+            key: [tokens, kv_heads, qk_dim]
+            value: [tokens, kv_heads, v_dim]
+            packed_seq_params: boundaries over all context-parallel ranks, in `cu_seqlens_q`.
+
+        Returns:
+            [tokens, heads * v_dim]
+        """
+        if packed_seq_params is None:
+            raise ValueError("r1mega always packs: attention needs packed_seq_params")
+        plan = attention_plan(packed_seq_params.cu_seqlens_q, self.cp_group.size(), self.cp_group.rank())
+        if self.cp_group.size() > 1:
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
+        qk_dim, v_dim = query.shape[-1], value.shape[-1]
+        # torch's fused CPU kernel wants one head size for keys and values; zeros added to the values change nothing.
+        if v_dim < qk_dim:
+            value = nn.functional.pad(value, (0, qk_dim - v_dim))
+        q, k, v = (_Lay.apply(x, *rows) for x, rows in ((query, plan.queries), (key, plan.keys), (value, plan.keys)))
+        attended = [
+            nn.functional.scaled_dot_product_attention(
+                bucket.rows(q, bucket.query_start, bucket.query_length),
+                bucket.rows(k, bucket.key_start, bucket.key_length),
+                bucket.rows(v, bucket.key_start, bucket.key_length),
+                attn_mask=bucket.mask,
+                is_causal=bucket.mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for bucket in plan.buckets
+        ]
+        out = _Lift.apply(torch.cat(attended) if len(attended) > 1 else attended[0], *plan.queries)
+        return out[..., :v_dim].reshape(query.shape[0], -1)
+
+
+class _Lay(torch.autograd.Function):
+    """Tokens into padded rows. No real token is laid twice and padding gets no gradient, so the backward is a gather as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad.index_select(0, ctx.places), None, None
+
+
+class _Lift(torch.autograd.Function):
+    """Padded rows back into tokens: the inverse of `_Lay`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.places, ctx.size = places, rows.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, ctx.places, grad), None, None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length, attended in one call. Starts and lengths count padded rows."""
+
+    sequences: int
+    query_start: int
+    query_length: int
+    key_start: int
+    key_length: int
+    mask: Tensor | None  # bool [sequences, 1, query_length, key_length], or None: plainly causal
+
+    def rows(self, x: Tensor, start: int, length: int) -> Tensor:
+        """View this bucket's rows of [padded tokens, heads, dim] as [sequences, heads, length, dim]."""
+        return x[start : start + self.sequences * length].view(self.sequences, length, *x.shape[1:]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Where every token of a packed micro-batch stands in the padded rows.
+
+    `queries` and `keys` are pairs (rows, places): `rows[i]` is the token laid at padded row i (padding repeats the sequence's
+    first token), `places[t]` the padded row of token t.
+    """
+
+    queries: tuple[Tensor, Tensor]
+    keys: tuple[Tensor, Tensor]
+    buckets: tuple[Bucket, ...]
+
+
+def attention_plan(cu_seqlens: Tensor, cp: int, cp_rank: int) -> AttentionPlan:
+    """Sort the sequences of a packed micro-batch into length buckets.
+
+    Args:
+        cu_seqlens: int [sequences + 1], boundaries over all context-parallel ranks; lengths are multiples of 2 cp when cp > 1.
+        cp, cp_rank: context-parallel size and rank; a rank holds chunks r and 2 cp - 1 - r of each sequence.
+    """
+    if _plan_cache and _plan_cache[0][0] is cu_seqlens and _plan_cache[0][1] == (cp, cp_rank):
+        return _plan_cache[0][2]
+    lengths = np.diff(cu_seqlens.numpy()).astype(np.int64)
+    keys_of = _sequence_tokens(lengths, cp)
+    order = [s for s in np.argsort(-lengths, kind="stable") if lengths[s] > 0]
+    groups: list[list[int]] = []
+    for s in order:
+        # A bucket's shortest sequence keeps at least 3/4 of the longest's length: at most a third more rows than tokens.
+        if groups and lengths[s] * 4 >= lengths[groups[-1][0]] * 3:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    buckets: list[Bucket] = []
+    query_rows, key_rows = [], []
+    query_start = key_start = 0
+    for group in groups:
+        longest = int(lengths[group[0]])
+        keys = [keys_of[s] for s in group]
+        local = [np.nonzero(_owner(lengths[s], cp) == cp_rank)[0] for s in group]
+        query_length = longest // cp
+        mask = None
+        if cp > 1:
+            positions = np.stack([np.resize(p, query_length) for p in local])
+            mask = torch.from_numpy(positions[:, None, :, None] >= np.arange(longest))
+            queries = [k[p] - cp_rank * int(lengths.sum()) // cp for k, p in zip(keys, local, strict=True)]
+        else:
+            queries = keys
+        query_rows += [_padded(q, query_length) for q in queries]
+        key_rows += [_padded(k, longest) for k in keys]
+        buckets.append(Bucket(len(group), query_start, query_length, key_start, longest, mask))
+        query_start += len(group) * query_length
+        key_start += len(group) * longest
+    plan = AttentionPlan(_with_places(query_rows), _with_places(key_rows), tuple(buckets))
+    # Every layer of a micro-batch asks for the same plan: keep the last one, with the tensor it was made from.
+    _plan_cache[:] = [(cu_seqlens, (cp, cp_rank), plan)]
+    return plan
+
+
+_plan_cache: list[tuple[Tensor, tuple[int, int], AttentionPlan]] = []
+
+
+def _owner(length: int, cp: int) -> np.ndarray:
+    """Context-parallel rank that holds each position of a sequence (Megatron's zigzag)."""
+    chunk = np.arange(length) * 2 * cp // max(length, 1)
+    return np.minimum(chunk, 2 * cp - 1 - chunk) if cp > 1 else np.zeros(length, dtype=np.int64)
+
+
+def _sequence_tokens(lengths: np.ndarray, cp: int) -> list[np.ndarray]:
+    """For each sequence, the index of its tokens by position in the tokens gathered over the context-parallel ranks."""
+    per_rank = int(lengths.sum()) // cp
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) // cp
+    tokens = []
+    for start, length in zip(starts, lengths, strict=True):
+        owner = _owner(int(length), cp)
+        index = np.empty(length, dtype=np.int64)
+        for rank in range(cp):
+            held = np.nonzero(owner == rank)[0]
+            index[held] = rank * per_rank + start + np.arange(len(held))
+        tokens.append(index)
+    return tokens
+
+
+def _padded(row: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([row, np.full(length - len(row), -1 - row[0])])
+
+
+def _with_places(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    flat = np.concatenate(rows)
+    real = np.nonzero(flat >= 0)[0]
+    places = np.empty(len(real), dtype=np.int64)
+    places[flat[real]] = real
+    return torch.from_numpy(np.where(flat >= 0, flat, -1 - flat)), torch.from_numpy(places)
+
+
+class CpuKernels(LocalSpecProvider):
+    """Megatron-Core's local layer parts with the replacements above."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        return RmsNorm
+
+    def core_attention(self) -> type:
+        return PackedAttention
