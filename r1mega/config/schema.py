@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from r1mega.config.base import Closed, Schedule
+from r1mega.config.base import Closed, FilePath, FolderPath, ModelPath, Schedule
 from r1mega.config.layout import Layout
 
 # ---------------------------------------------------------------- prompts
@@ -17,7 +17,7 @@ class JsonlPrompts(Closed):
     """One JSON object a line."""
 
     kind: Literal["jsonl"]
-    path: str = Field(description="file of JSON lines; relative paths are relative to the recipe")
+    path: FilePath = Field(description="file of JSON lines; relative paths are relative to the recipe")
     prompt: str = Field("prompt", description="field that holds the question, a string or a list of chat messages")
     answer: str = Field("answer", description="field that holds the reference answer; may be absent from rows whose reward needs none")
 
@@ -26,7 +26,7 @@ class ParquetPrompts(Closed):
     """Rows of a Parquet file."""
 
     kind: Literal["parquet"]
-    path: str = Field(description="Parquet file")
+    path: FilePath = Field(description="Parquet file")
     prompt: str = Field("prompt", description="column that holds the question")
     answer: str = Field("answer", description="column that holds the reference answer")
 
@@ -35,7 +35,7 @@ class DatasetPrompts(Closed):
     """A Hugging Face dataset saved on disk (`Dataset.save_to_disk`)."""
 
     kind: Literal["dataset"]
-    path: str = Field(description="folder of the saved dataset")
+    path: FolderPath = Field(description="folder of the saved dataset")
     split: str | None = Field(None, description="split to read when the folder holds a DatasetDict")
     prompt: str = Field("prompt", description="column that holds the question")
     answer: str = Field("answer", description="column that holds the reference answer")
@@ -209,7 +209,7 @@ class JsonlCorpus(Closed):
     """Plain documents, one JSON object a line."""
 
     kind: Literal["jsonl"]
-    path: str
+    path: FilePath = Field(description="file of JSON lines")
     text: str = Field("text", description="field that holds the document")
 
 
@@ -236,7 +236,7 @@ class Pretrain(StageBase):
     """Next-token training of a model from scratch."""
 
     kind: Literal["pretrain"]
-    architecture: str = Field(description="folder with config.json and the tokenizer's files")
+    architecture: FolderPath = Field(description="folder with config.json and the tokenizer's files")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     phases: list[Phase] = Field(min_length=1)
     train: Train = Train(router_bias_rate=1e-3, aux_loss=1e-4, mtp_loss=0.3)
@@ -250,7 +250,7 @@ class Grpo(StageBase):
     """Reinforcement learning with group-relative advantages."""
 
     kind: Literal["grpo"]
-    model: str = Field(description="artifact to start from: a stage's name, or a Hugging Face folder")
+    model: ModelPath = Field(description="artifact to start from: a stage's name, or a Hugging Face folder")
     prompts: PromptSet
     rewards: dict[str, Reward] = Field(min_length=1)
     not_judged_limit: float = Field(0.01, ge=0, le=1, description="the run stops when a larger share of an update's rewards could not be judged")
@@ -288,7 +288,7 @@ class Evaluate(StageBase):
     """Benchmarks of one artifact."""
 
     kind: Literal["evaluate"]
-    model: str = Field(description="artifact to evaluate: a stage's name, or a Hugging Face folder")
+    model: ModelPath = Field(description="artifact to evaluate: a stage's name, or a Hugging Face folder")
     suites: dict[str, Suite] = Field(min_length=1)
     gates: list[Gate] = Field(default_factory=list)
 

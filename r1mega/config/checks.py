@@ -1,0 +1,65 @@
+"""What a recipe must satisfy beyond the types of its keys, checked before anything starts."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from r1mega.config.base import Closed, PathMark
+from r1mega.config.schema import Recipe
+from r1mega.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*$")
+
+
+def check(recipe: Recipe, source: str) -> None:
+    """Raise UserError for the first thing in a recipe that cannot run; `source` names the recipe in the message."""
+    _check_names(recipe, source)
+    for index, (name, stage) in enumerate(recipe.stages.items()):
+        earlier = list(recipe.stages)[:index]
+        for path, mark, value in paths(stage, f"stages.{name}"):
+            _check_path(recipe, earlier, path, mark, value, source)
+        layout = stage.layout or recipe.layout
+        try:
+            layout.dp(recipe.run.ranks), layout.edp(recipe.run.ranks)
+        except ValueError as error:
+            where = f"stages.{name}.layout" if stage.layout else "layout"
+            raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
+
+
+def paths(config: Any, path: str) -> Iterator[tuple[str, PathMark, str]]:
+    """Every field below a configuration that holds a path: its key path, its mark, its value."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from paths(value, f"{path}.{key}")
+    elif isinstance(config, list):
+        for index, value in enumerate(config):
+            yield from paths(value, f"{path}.{index}")
+    elif isinstance(config, Closed):
+        for name, field in type(config).model_fields.items():
+            value = getattr(config, name)
+            mark = next((mark for mark in field.metadata if isinstance(mark, PathMark)), None)
+            if mark is None:
+                yield from paths(value, f"{path}.{name}")
+            else:
+                yield f"{path}.{name}", mark, value
+
+
+def _check_names(recipe: Recipe, source: str) -> None:
+    for path, name in [("name", recipe.name), *(("stages", name) for name in recipe.stages)]:
+        if not _NAME.match(name):
+            raise UserError(f"{source}: '{path}': {name!r} names a folder; use letters, digits, '-' and '_'")
+
+
+def _check_path(recipe: Recipe, earlier: list[str], path: str, mark: PathMark, value: str, source: str) -> None:
+    if mark.what == "model" and value in recipe.stages:
+        if value not in earlier:
+            raise UserError(f"{source}: '{path}' is the stage {value!r}, which does not come before this one; move it up")
+        if recipe.stages[value].kind == "evaluate":
+            raise UserError(f"{source}: '{path}' is the stage {value!r}, which makes no model")
+    elif mark.what == "file":
+        if not Path(value).is_file():
+            raise UserError(f"{source}: '{path}': no file {value}")
+    elif not Path(value).is_dir():
+        stages = f" and no earlier stage ({', '.join(earlier) or 'none'})" if mark.what == "model" else ""
+        raise UserError(f"{source}: '{path}': no folder {value}{stages}")

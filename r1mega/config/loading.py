@@ -1,0 +1,189 @@
+"""From a YAML file and `key=value` overrides to a checked Recipe, and back to `resolved.yaml`."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from r1mega.config import tree, yaml
+from r1mega.config.base import Closed, PathMark
+from r1mega.config.checks import check
+from r1mega.config.schema import Recipe, Suite
+from r1mega.errors import UserError
+
+C = TypeVar("C", bound=Closed)
+_WORDS = {
+    "Input should be": "expected",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid string": "a string",
+    "a valid boolean": "true or false",
+    "a valid list": "a list",
+    "a valid array": "a list",
+    "a valid dictionary": "a mapping",
+    "an object": "a mapping",
+}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `key.path=value` of a command line."""
+
+    path: str
+    value: Any
+    text: str
+
+    def covers(self, path: str) -> bool:
+        """Whether a key path is this override's or lies below it."""
+        return path == self.path or path.startswith(self.path + ".")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides (values are YAML), make its paths absolute and check it.
+
+    Paths in the file are relative to the file, paths in overrides to the working directory.
+    Raises UserError, one line, for anything the recipe says that cannot be run.
+    """
+    path = Path(path)
+    recipe = _load(Recipe, path, [_parse_override(text) for text in overrides])
+    check(recipe, str(path))
+    return recipe
+
+
+def load_resolved(path: Path) -> Recipe:
+    """Read back a `resolved.yaml`. Nothing is checked against the machine: a run's inputs may be gone when it is only read."""
+    return _load(Recipe, path, [])
+
+
+def load_suite(path: Path) -> Suite:
+    """Read one benchmark from its YAML file."""
+    return _load(Suite, path, [])
+
+
+def dump_resolved(recipe: Recipe) -> str:
+    """The whole configuration with every default filled in, as YAML that `load_resolved` reads back to an equal Recipe."""
+    return yaml.dump(recipe.model_dump(mode="python"))
+
+
+def _load(cls: type[C], path: Path, overrides: list[Override]) -> C:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the YAML file")
+    data = yaml.read(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {'nothing' if data is None else repr(data)[:60]}")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        # JSON mode is the strict mode in which a list may stand for a tuple; numbers in strings stay refused.
+        config = cls.model_validate_json(json.dumps(data, default=repr), strict=True)
+    except ValidationError as error:
+        raise UserError(_first_error(cls, error.errors(include_url=False), str(path), overrides)) from None
+    names = tuple(config.stages) if isinstance(config, Recipe) else ()
+    return _with_absolute_paths(config, "", path.parent, overrides, names)
+
+
+def _parse_override(text: str) -> Override:
+    path, equals, value = text.partition("=")
+    if not equals or not path or not all(path.split(".")):
+        raise UserError(f"override {text!r}: expected key.path=value, such as stages.zero.updates=100")
+    return Override(path, yaml.parse(value, f"override {text!r}"), text)
+
+
+def _apply(data: dict[Any, Any], override: Override) -> None:
+    *parents, last = override.path.split(".")
+    node: Any = data
+    for depth, step in enumerate([*parents, last]):
+        if isinstance(node, list):
+            if not step.isdigit() or int(step) >= len(node):
+                raise UserError(
+                    f"override {override.text!r}: '{'.'.join(parents[:depth])}' is a list of {len(node)}; "
+                    f"expected an index from 0 to {len(node) - 1}, got {step!r}"
+                )
+            key: Any = int(step)
+        elif isinstance(node, dict):
+            key = int(step) if step not in node and step.isdigit() and int(step) in node else step
+        else:
+            raise UserError(f"override {override.text!r}: '{'.'.join(parents[:depth])}' is {node!r}, which has no keys below it")
+        if depth == len(parents):
+            node[key] = override.value
+            return
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+
+
+def _first_error(cls: type[Closed], errors: list[ErrorDetails], source: str, overrides: list[Override]) -> str:
+    """One line for the error that most likely caused the others: an unknown key before a missing one."""
+    error = min(errors, key=lambda found: found["type"] != "extra_forbidden")
+    path, text = _describe(cls, error)
+    override = next((override for override in overrides if override.covers(path)), None)
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{f'override {override.text!r}' if override else source}: {text}{more}"
+
+
+def _describe(cls: type[Closed], error: ErrorDetails) -> tuple[str, str]:
+    path, annotation = tree.locate(cls, error["loc"])
+    shown = f"'{path}'" if path else "the file"
+    given = repr(error["input"])
+    given = given if len(given) <= 80 else given[:77] + "..."
+    match error["type"]:
+        case "extra_forbidden":
+            above = path.rpartition(".")[0]
+            near = tree.nearest(path.rpartition(".")[2], annotation)
+            return path, f"unknown key {shown}; the nearest known key is '{f'{above}.' if above else ''}{near}'"
+        case "missing":
+            return path, f"missing key {shown}"
+        case "union_tag_not_found":
+            return path, f"{shown} needs a key 'kind', one of {_kinds(annotation)}"
+        case "union_tag_invalid":
+            return f"{path}.kind", f"'{path}.kind' is {error['ctx']['tag']!r}; expected one of {_kinds(annotation)}"
+        case "value_error":
+            return path, f"{shown}: {error['ctx']['error']}"
+        case "too_short":
+            return path, f"{shown}: expected at least {error['ctx']['min_length']} entry; got {given}"
+        case _:
+            return path, f"{shown}: {_expectation(annotation, error['msg'])}; got {given}"
+
+
+def _expectation(annotation: Any, message: str) -> str:
+    members = tree.classes(annotation)
+    if len(members) > 1:
+        return f"expected a mapping with a key 'kind', one of {_kinds(annotation)}"
+    if members:
+        return f"expected a mapping with keys such as {', '.join(tree.keys(annotation)[:4])}"
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _kinds(annotation: Any) -> str:
+    return ", ".join(str(tree.kind(member)) for member in tree.classes(annotation))
+
+
+def _with_absolute_paths(config: C, path: str, folder: Path, overrides: list[Override], stage_names: tuple[str, ...]) -> C:
+    changed = {}
+    for name, field in type(config).model_fields.items():
+        here = f"{path}.{name}" if path else name
+        value = getattr(config, name)
+        mark = next((mark for mark in field.metadata if isinstance(mark, PathMark)), None)
+        if mark is None:
+            changed[name] = _inside(value, here, folder, overrides, stage_names)
+        elif not (mark.what == "model" and value in stage_names):
+            base = Path.cwd() if any(override.covers(here) for override in overrides) else folder
+            changed[name] = os.path.abspath(base / Path(value).expanduser())
+    return config.model_copy(update=changed)
+
+
+def _inside(value: Any, path: str, folder: Path, overrides: list[Override], stage_names: tuple[str, ...]) -> Any:
+    if isinstance(value, Closed):
+        return _with_absolute_paths(value, path, folder, overrides, stage_names)
+    if isinstance(value, dict):
+        return {key: _inside(item, f"{path}.{key}", folder, overrides, stage_names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_inside(item, f"{path}.{index}", folder, overrides, stage_names) for index, item in enumerate(value)]
+    return value

@@ -1,0 +1,87 @@
+"""The schema as a tree: what may stand at a key path, and the names near a wrong one."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from r1mega.config.base import Closed
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The types an annotation allows, without `Annotated`, `Optional` and `Union`."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for part in get_args(annotation) for member in alternatives(part)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def classes(annotation: Any) -> list[type[Closed]]:
+    """The configuration classes an annotation allows."""
+    return [member for member in alternatives(annotation) if isinstance(member, type) and issubclass(member, Closed)]
+
+
+def item(annotation: Any) -> Any | None:
+    """The type of the values of a dictionary or list annotation, None for anything else."""
+    for member in alternatives(annotation):
+        if get_origin(member) in (dict, list, tuple):
+            return get_args(member)[-1]
+    return None
+
+
+def kind(cls: type[Closed]) -> str | None:
+    """The value of the field `kind` that selects a class in a union, None for classes without one."""
+    field = cls.model_fields.get("kind")
+    return None if field is None else str(get_args(field.annotation)[0])
+
+
+def locate(root: Any, location: Sequence[int | str]) -> tuple[str, Any]:
+    """Follow a pydantic error location, which names the `kind` after every union it passes.
+
+    Returns the key path as a recipe's author writes it ("stages.zero.phases.0.lr") and the annotation of the deepest known key.
+    """
+    annotation, path = root, []
+    for step in location:
+        members = classes(annotation)
+        if len(members) > 1:
+            chosen = [member for member in members if kind(member) == step]
+            if chosen:
+                annotation = chosen[0]
+                continue
+        if step == "[key]":
+            continue
+        path.append(str(step))
+        below = _step(annotation, str(step))
+        annotation = annotation if below is None else below
+    return ".".join(path), annotation
+
+
+def _step(annotation: Any, key: str) -> Any | None:
+    for member in classes(annotation):
+        if key in member.model_fields:
+            return member.model_fields[key].annotation
+    return item(annotation)
+
+
+def paths_below(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """Key paths of every field below an annotation, nearest level first within each class."""
+    for member in classes(annotation):
+        yield from (prefix + name for name in member.model_fields)
+        for name, field in member.model_fields.items():
+            yield from paths_below(field.annotation, f"{prefix}{name}.")
+
+
+def nearest(key: str, annotation: Any) -> str:
+    """The known key path below an annotation that a wrong key most likely meant."""
+    paths = list(dict.fromkeys(paths_below(annotation)))
+    deeper = [path for path in paths if path.rpartition(".")[2] == key]
+    if deeper:
+        return min(deeper, key=lambda path: path.count("."))
+    here = [path for path in paths if "." not in path]
+    return max(here, key=lambda path: difflib.SequenceMatcher(None, key, path).ratio())
+
+
+def keys(annotation: Any) -> list[str]:
+    """The keys that may stand directly below an annotation."""
+    return list(dict.fromkeys(name for member in classes(annotation) for name in member.model_fields))
