@@ -1,7 +1,8 @@
 """What a model is, read from its Hugging Face `config.json`. Planner, weight tables and Megatron configuration all start here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,10 @@ class Architecture:
     mla: Mla | None
     moe: Moe | None
     mtp_layers: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Architecture":
+        """Read a parsed `config.json`, as transformers 4 or 5 writes it. UserError names a key that is wrong or missing."""
+        from r1mega.weights import families  # the families build Architectures, so they import this module
+
+        return families.architecture(config)

@@ -1,0 +1,29 @@
+"""Model families. Each module has the same two functions: `architecture(config)` and `table(arch)`."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from r1mega.errors import UserError
+from r1mega.weights.architecture import Architecture
+from r1mega.weights.families import deepseek_v2, deepseek_v3
+from r1mega.weights.table import Table
+
+_FAMILIES: dict[str, ModuleType] = {"deepseek_v3": deepseek_v3, "deepseek_v2": deepseek_v2}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a `config.json` describes; UserError names the key that is wrong or missing."""
+    kind = config.get("model_type")
+    if kind not in _FAMILIES:
+        raise UserError(f"config.json: model_type is {kind!r}, known families are {', '.join(_FAMILIES)}")
+    arch: Architecture = _FAMILIES[kind].architecture(config)
+    return arch
+
+
+@lru_cache(maxsize=16)
+def table(arch: Architecture) -> Table:
+    """The family's table for this architecture."""
+    rows: Table = _FAMILIES[arch.family].table(arch)
+    return rows
