@@ -1,0 +1,366 @@
+"""A language model that is trained: log-probs, gradient steps, weights in and out. The only door to Megatron-Core for the stages."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from r1mega.config.layout import Layout
+from r1mega.config.schema import Optimizer, Train
+from r1mega.data.packing import PackedBatch, context_parallel_index
+from r1mega.errors import UserError
+from r1mega.megatron import architecture, head, model, topology
+from r1mega.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """One micro-batch as this rank sees it: its context-parallel share of every per-token tensor, whole boundaries.
+
+    `extras` may be added to (`logprobs` results are kept there until the gradient step).
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    mtp_labels: Tensor
+    mtp_weights: Tensor
+    packing: PackedSeqParams
+    extras: dict[str, Tensor]
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [tokens]: positions whose prediction is trained on."""
+        return self.loss_weights != 0
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What an objective says about one micro-batch. `loss` [tokens] is weighted by the batch's loss weights and summed;
+    `sums` are scalars that are added up over micro-batches and ranks, for the metrics."""
+
+    loss: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Per-token loss from log-probs and entropies [tokens] of the labels."""
+
+    def __call__(self, logprobs: Tensor, entropies: Tensor, batch: LocalBatch) -> TokenLoss: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: `loss` is the weighted sum over all tokens of all ranks, `grad_norm` the global norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    sums: dict[str, float]
+
+
+class NotFinite(Exception):
+    """Loss or gradient norm is NaN or infinite; the step was not applied."""
+
+
+class Policy:
+    """One model under one layout, with its optimizer when it is trained."""
+
+    def __init__(self, arch: Architecture, layout: Layout, train: Train, optimizer: Optimizer | None, seed: int = 1) -> None:
+        """Connect the layout's process groups and build this rank's shards, uninitialised: `load` or `initialize` them next.
+
+        Raises:
+            UserError: the layout does not fit the model or the world, or would train wrongly.
+        """
+        topology.check(arch, layout, dist.get_world_size())
+        if train.mtp_loss > 0 and not arch.mtp_layers:
+            raise UserError(f"train.mtp_loss={train.mtp_loss} needs a model with num_nextn_predict_layers=1")
+        topology.connect(layout)
+        model_parallel_cuda_manual_seed(seed)
+        self.arch, self.layout, self.train = arch, layout, train
+        self.config = architecture.transformer_config(arch, layout, train)
+        self.chunks = model.build(arch, layout, self.config)
+        self.weights = model.named_weights(self.chunks)
+        self.optimizer_settings = optimizer
+        self._wrapped: list[Any] = list(self.chunks)
+        self._optimizer: Any = None
+        self._tp_group = parallel_state.get_tensor_model_parallel_group()
+
+    # ------------------------------------------------------------ batches
+
+    @property
+    def dp_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank())
+
+    @property
+    def dp_size(self) -> int:
+        return int(parallel_state.get_data_parallel_world_size())
+
+    @property
+    def pad_to(self) -> int:
+        """Multiple that each packed sequence is padded to."""
+        return 2 * self.layout.cp if self.layout.cp > 1 else 1
+
+    @property
+    def align(self) -> int:
+        """Multiple that a micro-batch is padded to: context parallelism, sequence parallelism, and FP8's 16-row (mxfp8: 32) tiles."""
+        fp8 = {"none": 1, "mxfp8": 32}.get(self.train.fp8, 16)
+        return math.lcm(self.pad_to, self.layout.tp * self.layout.cp * fp8)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+    def localize(self, batch: PackedBatch) -> LocalBatch:
+        """This rank's share of a micro-batch, on the device."""
+        device = self._device
+        cp, rank = self.layout.cp, parallel_state.get_context_parallel_rank()
+        held = slice(None) if cp == 1 else context_parallel_index(batch.cu_seqlens, cp, rank)
+
+        def share(x: Tensor) -> Tensor:
+            return x[held].to(device, non_blocking=True)
+
+        longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+        boundaries = batch.cu_seqlens.to(device)
+        return LocalBatch(
+            tokens=share(batch.tokens),
+            position_ids=share(batch.position_ids),
+            labels=share(batch.labels),
+            loss_weights=share(batch.loss_weights),
+            mtp_labels=share(batch.mtp_labels),
+            mtp_weights=share(batch.mtp_weights),
+            packing=PackedSeqParams(
+                qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
+            ),
+            extras={name: share(values) for name, values in batch.extras.items()},
+        )
+
+    # ------------------------------------------------------------ forward
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[LocalBatch], temperature: float = 1.0) -> list[Tensor] | None:
+        """Log-probs [tokens] of the labels of each micro-batch, 0 where the loss weight is 0; None off the last pipeline stage."""
+        found: list[Tensor] = []
+
+        def collect(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
+            logprobs, _ = self._head(self._trunk(hidden), batch.labels, batch.mask, temperature)
+            found.append(logprobs)
+            return hidden.new_zeros(()), {}
+
+        self._run(batches, collect, forward_only=True)
+        return found if self.is_last_stage else None
+
+    def step(self, batches: Sequence[LocalBatch], objective: Objective, lr: float, temperature: float = 1.0) -> StepResult:
+        """One optimizer step over this rank's micro-batches; every data-parallel rank calls it with as many.
+
+        The loss is sum(loss_weights x per-token loss) over all ranks: the weights hold every normaliser.
+
+        Raises:
+            NotFinite: loss or gradient norm is not finite; parameters and optimizer are as they were.
+        """
+        optimizer = self._trained()
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        # Auxiliary losses come summed over tokens; the main loss, already normalised, is scaled up so that one divisor serves both.
+        tokens = self._total(sum(batch.tokens.shape[0] for batch in batches))
+        self.config.grad_scale_func = lambda loss: loss / tokens
+
+        def lose(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
+            loss, parts = self._loss(hidden, batch, objective, temperature)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+            return loss * tokens, {}
+
+        self._run(batches, lose, forward_only=False)
+        totals = self._add_up(sums)
+        loss = totals.pop("loss")
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {loss}")
+        grad_norm = self._apply(optimizer, lr)
+        return StepResult(loss, grad_norm, totals)
+
+    def _loss(self, hidden: Tensor, batch: LocalBatch, objective: Objective, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropies = self._head(self._trunk(hidden), batch.labels, batch.mask, temperature)
+        token_loss = objective(logprobs, entropies, batch)
+        loss = (batch.loss_weights * token_loss.loss).sum()
+        parts = {"loss": loss, **token_loss.sums}
+        if self.config.mtp_num_layers:
+            wanted = batch.mtp_weights != 0
+            mtp_logprobs, _ = self._head(hidden[hidden.shape[0] // 2 :], batch.mtp_labels, wanted, 1.0)
+            mtp = -(batch.mtp_weights * mtp_logprobs).sum()
+            parts["mtp_loss"] = mtp
+            loss = loss + self.train.mtp_loss * mtp
+        return loss, parts
+
+    def _trunk(self, hidden: Tensor) -> Tensor:
+        return hidden.chunk(2)[0] if self.config.mtp_num_layers else hidden
+
+    def _head(self, hidden: Tensor, labels: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [tokens] of the wanted labels, 0 elsewhere: prompt tokens never meet the vocabulary."""
+        last = self.chunks[-1]
+        if self.layout.tp > 1:
+            # The backward is a reduce-scatter: each rank's vocabulary shard adds its part of the gradient.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self._tp_group)
+        weight = last.shared_embedding_or_output_weight() if self.arch.tied else last.output_layer.weight
+        rows = wanted.nonzero()[:, 0]
+        logprobs, entropies = head.token_logprobs(
+            hidden.squeeze(1).index_select(0, rows),
+            weight,
+            labels[rows],
+            vocab=self.arch.vocab,
+            temperature=temperature,
+            chunk=self.train.logprob_chunk,
+            tp_group=self._tp_group,
+        )
+        blank = logprobs.new_zeros(labels.shape)
+        return blank.index_copy(0, rows, logprobs), blank.index_copy(0, rows, entropies)
+
+    def _run(self, batches: Sequence[LocalBatch], finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], forward_only: bool) -> None:
+        """Megatron-Core's schedule (none, 1F1B, interleaved) over the micro-batches."""
+        for chunk in self._wrapped:
+            chunk.train(not forward_only)
+
+        def forward(data: Iterator[LocalBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            batch = next(data)
+            hidden = chunk(
+                input_ids=batch.tokens[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None,
+                labels=batch.labels[None],
+                packed_seq_params=batch.packing,
+            )
+            return hidden, partial(_finished, batch, finish)
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(batches) for _ in self._wrapped] if len(self._wrapped) > 1 else iter(batches),
+            model=self._wrapped if len(self._wrapped) > 1 else self._wrapped[0],
+            num_microbatches=len(batches),
+            seq_length=self.train.chunk_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    # ------------------------------------------------------------ optimizer
+
+    def _trained(self) -> Any:
+        """The optimizer, made on first use: it copies the weights, so they must be loaded before."""
+        if self._optimizer is None:
+            settings = self.optimizer_settings
+            if settings is None:
+                raise RuntimeError("this policy was built without an optimizer")
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=settings.distributed,
+                overlap_grad_reduce=False,
+                check_for_nan_in_grad=False,
+            )
+            self._wrapped = [
+                DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(self.chunks)
+            ]
+            self.config.finalize_model_grads_func = _finalize
+            self.config.no_sync_func = (
+                [chunk.no_sync for chunk in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
+            )
+            self._optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=settings.lr,
+                    min_lr=settings.lr if settings.min_lr is None else settings.min_lr,
+                    weight_decay=settings.weight_decay,
+                    adam_beta1=settings.beta1,
+                    adam_beta2=settings.beta2,
+                    adam_eps=settings.eps,
+                    clip_grad=settings.clip_grad,
+                    bf16=self.train.dtype == "bfloat16",
+                    params_dtype=architecture.DTYPES[self.train.dtype],
+                    use_distributed_optimizer=settings.distributed,
+                ),
+                self._wrapped,
+                use_gloo_process_groups=False,
+            )
+        return self._optimizer
+
+    def _apply(self, optimizer: Any, lr: float) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise NotFinite(f"the gradient norm is {norm}")
+        optimizer.step()
+        return norm
+
+    # ------------------------------------------------------------ other weights in the same shards
+
+    def host_copy(self) -> list[Tensor]:
+        """This rank's weights, copied to host memory."""
+        return [weight.detach().to("cpu", copy=True) for weight in self.weights.values()]
+
+    @contextmanager
+    def holding(self, other: Sequence[Tensor]) -> Iterator[None]:
+        """Compute with other weights of the same shapes (a reference, a reward model) while this policy's wait on the host.
+
+        There is never a second model on the device.
+        """
+        own = self.host_copy()
+        self._put(other)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for weight, value in zip(self.weights.values(), values, strict=True):
+            weight.copy_(value)
+
+    # ------------------------------------------------------------ sums over ranks
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    def _total(self, value: float) -> float:
+        """Sum over the data-parallel ranks."""
+        total = torch.tensor([float(value)], device=self._device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.item()
+
+    def _add_up(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums over micro-batches of the last stage's ranks, added over data and context parallelism and known to every rank.
+
+        Tensor-parallel ranks hold the same sums, so only the first of them counts.
+        """
+        names: list[Any] = [sorted(sums) if self.is_last_stage else None]
+        dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
+        counts = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        flat = torch.tensor([float(sums[name]) if counts else 0.0 for name in names[0]], dtype=torch.float64, device=self._device)
+        dist.all_reduce(flat)
+        return dict(zip(names[0], flat.tolist(), strict=True))
+
+
+def _finished(batch: LocalBatch, finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], hidden: Tensor) -> Any:
+    loss, report = finish(hidden, batch)
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+
+def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron-Core's gradient reductions without its division by tokens: the loss weights hold the normaliser."""
+    del num_tokens
+    finalize_model_grads(chunks, None, **kwargs)
