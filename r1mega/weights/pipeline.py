@@ -1,8 +1,7 @@
-"""Which layers a pipeline stage holds: even splits, and Megatron-Core's pipeline layout strings."""
+"""Which layers a pipeline stage holds, read from Megatron-Core's pipeline layout string."""
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
 
 from r1mega.config.layout import Layout
 from r1mega.errors import UserError
@@ -45,31 +44,12 @@ def stages(arch: Architecture, layout: Layout) -> tuple[tuple[Stage, ...], ...]:
     return tuple(map(tuple, result))
 
 
-def pipeline_layout(arch: Architecture, layout: Layout) -> str | None:
-    """The string for Megatron's `pipeline_model_parallel_layout`, or None for one pipeline rank.
-
-    It is always given, even where Megatron's own even split would do, because that one refuses remainders.
-    """
-    return None if layout.pp == 1 else "|".join(map(_short, _symbols(arch, layout)))
-
-
-def _short(row: str) -> str:
-    runs = ((symbol, len(list(run))) for symbol, run in groupby(row))
-    return "".join(symbol if count == 1 else f"{symbol}*{count}" for symbol, count in runs)
-
-
 def _symbols(arch: Architecture, layout: Layout) -> list[str]:
     """One string of E, t, m and L per stage, in model order."""
     count = layout.pp * layout.vpp
-    if layout.pipeline is None:
-        if arch.layers < count:
-            raise UserError(f"layout: pp x vpp = {count} stages for {arch.layers} layers; every stage needs one, or say `pipeline`")
-        least, more = divmod(arch.layers, count)
-        rows = ["t" * (least + (index < more)) for index in range(count)]
-        rows[0] = "E" + rows[0]
-        rows[-1] += "m" * arch.mtp_layers + "L"
-        return rows
-    rows = _parse(layout.pipeline)
+    if layout.pipeline is None and arch.layers < count:
+        raise UserError(f"layout: pp x vpp = {count} stages for {arch.layers} layers; every stage needs one, or say `pipeline`")
+    rows = _parse(layout.pipeline_string(arch.layers, arch.mtp_layers))
     if len(rows) != count:
         raise UserError(f"layout: pipeline {layout.pipeline!r} has {len(rows)} stages, but pp x vpp = {layout.pp} x {layout.vpp}")
     _validate(rows, arch, layout)
