@@ -32,19 +32,20 @@ class PolicyLoss:
 def group_advantages(rewards: Tensor, judged: Tensor | None, normalize_std: bool, eps: float = 1e-4) -> Tensor:
     """Advantages [groups, G] of rewards [groups, G]: (r - mean) / (std + eps) over each group (DeepSeekMath, arXiv 2402.03300, 4.1.2).
 
-    The paper says "std" only; this is the unbiased one (divisor G - 1) with `eps` 1e-4, as TRL and verl compute it. Dr.GRPO
+    The paper says "std" only; this is the unbiased one (divisor G - 1) plus `eps`, as in TRL 1.16, whose eps is 1e-4. Dr.GRPO
     (arXiv 2503.20783) leaves the division out: `normalize_std` false.
-    `judged` [groups, G] bool marks the rewards that exist, None for all of them. The others take no part in the mean and the standard deviation,
-    whatever value they hold (NaN included), and get advantage 0; so does every response of a group with fewer than two judged.
+    `judged` [groups, G] bool marks the rewards that exist, None for all of them. The others take no part in mean and standard deviation,
+    whatever they hold (NaN included), and get advantage 0; so does every response of a group with fewer than two judged.
     """
     judged = torch.ones_like(rewards, dtype=torch.bool) if judged is None else judged
     count = judged.sum(dim=1, keepdim=True)
-    known = rewards.masked_fill(~judged, 0.0)
-    centered = (known - known.sum(dim=1, keepdim=True) / count.clamp(min=1)).masked_fill(~judged | (count < 2), 0.0)
-    if not normalize_std:
-        return centered
-    variance = centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-    return centered / (variance.sqrt() + eps)
+    # In float64 the mean of equal float32 rewards is exact. In float32 its rounding error, divided by eps, is an advantage of 1e-3.
+    known = rewards.double().masked_fill(~judged, 0.0)
+    advantages = (known - known.sum(dim=1, keepdim=True) / count.clamp(min=1)).masked_fill(~judged | (count < 2), 0.0)
+    if normalize_std:
+        variance = advantages.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + eps)
+    return advantages.to(rewards.dtype)
 
 
 def uniform_groups(rewards: Tensor, judged: Tensor | None = None) -> Tensor:
@@ -58,15 +59,15 @@ def uniform_groups(rewards: Tensor, judged: Tensor | None = None) -> Tensor:
 def token_weights(lengths: Tensor, truncated: Tensor, in_uniform_group: Tensor, objective: GrpoObjective) -> Tensor:
     """Weight [N] float32 that each token of response i carries in the loss of an update; 0 for responses that are left out.
 
-    `lengths` [N] int, response tokens (the stop token included); `truncated` [N] bool, cut at the length cap; `in_uniform_group` [N] bool, see
-    `uniform_groups`. All N responses of the update, over all data-parallel ranks, in one call. With n responses and |o_i| tokens:
+    `lengths` [N] int, response tokens, the stop token included; `truncated` [N] bool, cut at the length cap; `in_uniform_group` [N] bool,
+    see `uniform_groups`. One call for all N responses of the update, those of all data-parallel ranks. With n responses of |o_i| tokens:
 
     - "sequence" (GRPO): 1 / (n |o_i|)
     - "token" (DAPO, arXiv 2503.14476, Eq. 8): 1 / sum_j |o_j|
     - "constant" (Dr.GRPO, arXiv 2503.20783): 1 / (n `constant_length`)
 
-    What n and the sum count follows the published codes. A response masked as truncated still counts in n (a zero in the mean, as in TRL) but its tokens
-    do not count in the token sum. A dropped uniform group was never in the batch (DAPO's dynamic sampling): it counts in neither.
+    With mask_truncated, a truncated response still counts in n (a zero in the mean) while its tokens leave the token sum, as in TRL 1.16.
+    With drop_uniform_groups, a uniform group was never in the batch (DAPO's dynamic sampling): it counts in neither.
     """
     in_batch = ~in_uniform_group if objective.drop_uniform_groups else torch.ones_like(truncated)
     trained = in_batch & ~truncated if objective.mask_truncated else in_batch
@@ -84,10 +85,11 @@ def token_weights(lengths: Tensor, truncated: Tensor, in_uniform_group: Tensor, 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Per-token estimate [T] of KL(pi || pi_ref) for tokens drawn from pi (Schulman, "Approximating KL divergence", 2020).
 
-    With d = log pi_ref - log pi: k1 = -d (unbiased, can be negative), k2 = d^2 / 2 (biased, low variance), k3 = exp(d) - d - 1 (unbiased, >= 0).
+    With d = log pi_ref - log pi: k1 = -d (unbiased, can be negative), k2 = d^2 / 2 (biased, low variance), and k3 = exp(d) - d - 1
+    (unbiased, never negative).
 
-    Inside a loss the gradient matters, not the value. Differentiated at fixed samples drawn from pi, k1 has expected gradient 0; k2 gives the true gradient of
-    KL(pi || pi_ref); k3, which DeepSeek-R1 uses, gives that of KL(pi_ref || pi), equal to it near pi = pi_ref.
+    Inside a loss the gradient matters, not the value. Differentiated at fixed samples drawn from pi, k1 has expected gradient 0;
+    k2 has that of KL(pi || pi_ref); k3, which DeepSeek-R1 uses, has that of KL(pi_ref || pi), the same near pi = pi_ref only.
     """
     d = ref_logprobs - logprobs
     if estimator == "k1":
@@ -105,12 +107,12 @@ def policy_loss(
     mask: Tensor,
     objective: GrpoObjective,
 ) -> PolicyLoss:
-    """The clipped surrogate with a KL to the reference, per token (DeepSeekMath, arXiv 2402.03300, Eq. 3; DeepSeek-R1, arXiv 2501.12948, Eq. 1).
+    """The clipped surrogate plus a KL to the reference, per token (arXiv 2402.03300, Eq. 3; DeepSeek-R1, arXiv 2501.12948, Eq. 1).
 
-    All tensors are [T] and floating, log-probabilities in nats of the sampled tokens. `old_logprobs` are those of the policy that the update
-    starts its rollout's minibatches from; None means `logprobs` themselves, right when the rollout makes a single update (the ratio is then 1 with the
-    gradient of log pi). `ref_logprobs` may be None only with kl_coef 0. `mask` [T] bool: tokens that are trained on. Elsewhere (prompt, padding) the other
-    tensors may hold any finite value: the loss and its gradient are exactly 0 there.
+    All tensors are [T] and floating; log-probabilities, in nats, of the sampled tokens. `old_logprobs` are those of the policy that the
+    rollout was drawn from; None stands for `logprobs` themselves, right for the first update after a rollout (the ratio is 1, its gradient
+    that of log pi). `ref_logprobs` may be None only with kl_coef 0. `mask` [T] bool: tokens that are trained on. Elsewhere (prompt,
+    padding) the other tensors may hold any finite value: loss and gradient are exactly 0 there.
     """
     if ref_logprobs is None and objective.kl_coef > 0:
         raise ValueError(f"kl_coef={objective.kl_coef} needs ref_logprobs")
