@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from operator import add, lt, sub
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +20,12 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent along each axis."""
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return prod(self.shape)
+        return prod(map(sub, self.stop, self.start))
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -35,18 +36,15 @@ class Box:
         """The common region, or None when it is empty."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
+        return Box(start, stop) if all(map(lt, start, stop)) else None
 
     def shift(self, offset: tuple[int, ...]) -> "Box":
         """The same box with every index moved by `offset`."""
-        return Box(
-            tuple(a + d for a, d in zip(self.start, offset, strict=True)),
-            tuple(b + d for b, d in zip(self.stop, offset, strict=True)),
-        )
+        return Box(tuple(map(add, self.start, offset)), tuple(map(add, self.stop, offset)))
 
     def within(self, outer: "Box") -> "Box":
         """This box in the coordinates of `outer`, whose start becomes the origin."""
-        return self.shift(tuple(-a for a in outer.start))
+        return Box(tuple(map(sub, self.start, outer.start)), tuple(map(sub, self.stop, outer.start)))
 
 
 @dataclass(frozen=True, slots=True)

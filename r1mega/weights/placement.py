@@ -16,6 +16,7 @@ from r1mega.weights.pipeline import Stage, stages
 from r1mega.weights.table import Fused, Row, Shard, layer_prefix
 
 Axis = Literal["tp", "cp", "dp", "pp", "edp"]
+Kind = Literal["all", "dense", "experts"]
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,42 @@ def padded_vocab(arch: Architecture, tp: int) -> int:
     return -(-arch.vocab // tp) * tp
 
 
-def stage_params(arch: Architecture, layout: Layout, stage: Stage, at: Coordinates, spelling: Spelling) -> Iterator[LocalParam]:
+@dataclass(frozen=True)
+class Holders:
+    """Ranks that hold the same elements, and the parameters they hold alike: all dense ones, or all expert ones, of their stage."""
+
+    ranks: tuple[int, ...]
+    params: tuple[LocalParam, ...]
+
+
+def holders(arch: Architecture, layout: Layout, world_size: int, spelling: Spelling) -> list[Holders]:
+    """The placement of all ranks at once. A rank appears twice: among its dense replicas and among its expert replicas.
+
+    Work and memory grow with the model and its parallel sizes, not with data parallelism.
+    """
+    check_layout(arch, layout)
+    by_pp = stages(arch, layout)
+    groups: dict[tuple[bool, int, int, int], list[int]] = {}
+    example: dict[tuple[bool, int, int, int], Coordinates] = {}
+    for rank, at in enumerate(layout.all_coordinates(world_size)):
+        for key in ((False, at.pp, at.tp, 0), (True, at.pp, at.etp, at.ep)):
+            groups.setdefault(key, []).append(rank)
+            example.setdefault(key, at)
+    result = []
+    for key, ranks in groups.items():
+        experts, pp = key[:2]
+        kind: Kind = "experts" if experts else "dense"
+        params = (param for stage in by_pp[pp] for param in stage_params(arch, layout, stage, example[key], spelling, kind))
+        result.append(Holders(tuple(ranks), tuple(params)))
+    return [group for group in result if group.params]
+
+
+def stage_params(
+    arch: Architecture, layout: Layout, stage: Stage, at: Coordinates, spelling: Spelling, kind: Kind = "all"
+) -> Iterator[LocalParam]:
     """Parameters of one model chunk at the given coordinates (of which pp is ignored: the stage says it)."""
     table = families.table(arch)
-    split = _Split(layout, at, stage.chunk, spelling.spec)
+    split = _Split(layout, at, stage.chunk, spelling.spec, kind)
     if stage.embedding or stage.mtp:
         tied_head = table.head is None and not (stage.embedding and stage.loss)
         copies: tuple[Axis, ...] = ("pp",) if layout.pp > 1 and (arch.mtp_layers or tied_head) else ()
@@ -122,11 +155,14 @@ class _Split:
     at: Coordinates
     chunk: int
     spec: Literal["local", "te"]
+    kind: Kind
 
     def params(self, prefix: str, param_prefix: str, rows: Iterable[Row], copies: tuple[Axis, ...] = ()) -> Iterator[LocalParam]:
         """Parameters of consecutive rows; rows that name the same parameter are fused into one."""
         found: dict[str, _Growing] = {}
         for row in rows:
+            if self.kind != "all" and (self.kind == "experts") != (row.experts > 0):
+                continue
             shape, regions = self._regions(row)
             param_name = row.te if self.spec == "te" else row.local
             for tensor, param in self._names(row.tensor, param_name, row.experts):
