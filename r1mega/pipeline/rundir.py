@@ -1,0 +1,163 @@
+"""The run directory: its layout, who may use it, and whether what lies in it belongs to this run.
+
+    resolved.yaml            the whole configuration
+    summary.json             {"recipe", "status", "stages": [{"name", "kind", "wall_s", "metrics"}]}
+    logs/                    what ranks and their launcher print
+    stages/<nn>-<name>/      metrics.jsonl, artifact/, and provenance.json once the stage is finished
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from r1mega.config.loading import dump_resolved, load_resolved
+from r1mega.config.schema import Recipe
+from r1mega.errors import UserError
+from r1mega.pipeline import files
+from r1mega.pipeline.artifacts import Provenance, check_model
+
+_LOCK = ".lock"
+_DELETED = ".deleted"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's folder and its configuration."""
+
+    path: Path
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run directory; UserError when the folder is none."""
+        if not (path / "resolved.yaml").is_file():
+            raise UserError(f"{path} is not a run directory: it has no resolved.yaml")
+        return cls(path, load_resolved(path / "resolved.yaml"))
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what the processes print."""
+        return self.path / "logs"
+
+    @property
+    def stage_dirs(self) -> dict[str, Path]:
+        """Folder of every stage, by name, in order."""
+        return {name: self.path / "stages" / f"{index:02d}-{name}" for index, name in enumerate(self.recipe.stages, 1)}
+
+    def finished(self) -> dict[str, Provenance]:
+        """Records of the stages that are finished, by name, in order."""
+        found = {name: Provenance.read(folder) for name, folder in self.stage_dirs.items()}
+        return {name: made for name, made in found.items() if made is not None}
+
+    def model(self, reference: str) -> Path:
+        """The Hugging Face folder that a recipe's `model` means: a finished stage's artifact, or the folder itself."""
+        if reference not in self.recipe.stages:
+            return check_model(Path(reference), "model")
+        folder = self.stage_dirs[reference]
+        if Provenance.read(folder) is None:
+            raise UserError(f"stage {reference!r} is not finished, so there is no model in {folder}; run it first")
+        return check_model(folder / "artifact", f"stage {reference!r}")
+
+    def write_summary(self, status: Literal["running", "finished", "failed", "interrupted"]) -> None:
+        """Write `summary.json` from the records of the finished stages."""
+        stages = [
+            {"name": name, "kind": made.kind, "wall_s": made.wall_s, "metrics": made.metrics} for name, made in self.finished().items()
+        ]
+        files.write_json(self.path / "summary.json", {"recipe": self.recipe.name, "status": status, "stages": stages})
+
+
+@contextmanager
+def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirectory, int]]:
+    """Hold a run directory, new or of an earlier start of the same recipe, for as long as the block lasts.
+
+    Args:
+        path: the folder; made when absent.
+        fresh: delete what an earlier run left there.
+
+    Yields:
+        The directory, and the descriptor of its lock. A child that inherits the descriptor keeps the lock while it lives.
+
+    Raises:
+        UserError: the folder holds something else, another configuration, or is in use.
+    """
+    _check_belongs(path, recipe, fresh)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another run; wait for it, or choose another folder with -o") from None
+        _check_belongs(path, recipe, fresh)
+        if fresh:
+            _clear(path)
+        if not (path / "resolved.yaml").exists():
+            files.write_atomic(path / "resolved.yaml", dump_resolved(recipe))
+        yield RunDirectory(path, recipe), lock
+    finally:
+        os.close(lock)
+
+
+def _check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose another folder with -o")
+    content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if path.exists() else set()
+    if not content:
+        return
+    if "resolved.yaml" not in content:
+        raise UserError(f"{path} is not empty and not a run directory (it has no resolved.yaml); choose another folder with -o")
+    if fresh:
+        return
+    try:
+        before = load_resolved(path / "resolved.yaml")
+    except UserError as error:
+        raise UserError(f"{path} holds a run this version cannot read ({error}); choose another folder with -o, or --fresh") from None
+    difference = first_difference(_ordered(before), _ordered(recipe))
+    if difference:
+        key, old, new = difference
+        raise UserError(
+            f"{path} holds a run with another configuration: '{key}' was {old}, is now {new}; "
+            "choose another folder with -o, or --fresh to delete that run"
+        )
+
+
+def _ordered(recipe: Recipe) -> dict[str, Any]:
+    # Stages run in the order of the file, which comparing dictionaries does not see.
+    return recipe.model_dump() | {"order of stages": list(recipe.stages)}
+
+
+def _clear(path: Path) -> None:
+    # One rename takes all stages away at once, so that a deletion cut short never leaves a stage that looks finished.
+    deleted = path / _DELETED
+    shutil.rmtree(deleted, ignore_errors=True)
+    if (path / "stages").exists():
+        os.replace(path / "stages", deleted)
+        shutil.rmtree(deleted)
+    shutil.rmtree(path / "logs", ignore_errors=True)
+    for name in ("summary.json", "resolved.yaml"):
+        (path / name).unlink(missing_ok=True)
+
+
+def first_difference(before: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key path at which two plain configurations differ, with both values; None when they are equal."""
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            found = first_difference(before.get(key, "absent"), now.get(key, "absent"), f"{path}.{key}" if path else str(key))
+            if found:
+                return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        differing = (first_difference(old, new, f"{path}.{index}") for index, (old, new) in enumerate(zip(before, now, strict=True)))
+        return next(found for found in differing if found)
+    return path, _short(before), _short(now)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

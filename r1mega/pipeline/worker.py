@@ -1,0 +1,158 @@
+"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR`, started by torchrun. Runs all stages in turn."""
+
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from r1mega import env
+from r1mega.errors import UserError
+from r1mega.pipeline import artifacts, files
+from r1mega.pipeline.context import StageContext, StageFunction
+from r1mega.pipeline.metrics import MetricsWriter, scalars
+from r1mega.pipeline.rundir import RunDirectory
+from r1mega.report.progress import Progress
+
+_PR_SET_PDEATHSIG = 1
+
+
+def stage_function(kind: str) -> StageFunction:
+    """The driver of a kind of stage. Imported when its turn comes: a run pays for the stages it has."""
+    function: StageFunction = importlib.import_module(f"r1mega.stages.{kind}").run
+    return function
+
+
+@contextmanager
+def started(run: RunDirectory) -> Iterator[Callable[[], Any]]:
+    """The platform of a run, from start to stop; yields the barrier at which all ranks meet."""
+    import torch.distributed as dist
+
+    from r1mega.megatron import platform
+
+    platform.start(run.recipe.run.platform, run.recipe.run.threads_per_rank)
+    yield dist.barrier
+    # Not after an error: leaving the process group in order would wait for ranks that wait for this one.
+    platform.stop()
+
+
+def main(
+    arguments: Sequence[str],
+    find: Callable[[str], StageFunction] = stage_function,
+    start: Callable[[RunDirectory], AbstractContextManager[Callable[[], Any]]] = started,
+) -> int:
+    """Run every unfinished stage of a run directory on this rank; returns the exit code.
+
+    An error is left in `logs/rank<k>.error.json` for the launcher, which shows the one that came first.
+    """
+    die_with_parent(signal.SIGKILL)
+    path, ranks = Path(arguments[0]), env.ranks()
+    logs = path / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    terminal = _redirect(logs / f"rank{ranks.rank}.log")
+    try:
+        run = RunDirectory.open(path)
+        # The finished stages are read before ranks can meet, hence before any rank can finish one: all skip the same.
+        finished = run.finished()
+        with _progress(run, ranks, terminal) as progress, start(run) as barrier:
+            run_stages(run, finished, ranks, progress, find, barrier)
+    except Exception as error:
+        traceback.print_exc()
+        found = {
+            "time": time.time(),
+            "rank": ranks.rank,
+            "user": isinstance(error, UserError),
+            "message": " ".join(str(error).split()),
+            "traceback": traceback.format_exc(),
+        }
+        files.write_json(logs / f"rank{ranks.rank}.error.json", found)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # No orderly exit: threads and process groups would wait for ranks that wait for this one.
+        os._exit(1)
+    return 0
+
+
+def run_stages(
+    run: RunDirectory,
+    finished: Collection[str],
+    ranks: env.Ranks,
+    progress: Progress,
+    find: Callable[[str], StageFunction],
+    barrier: Callable[[], Any],
+) -> None:
+    """Run the stages that are not finished, in order; `finished` is the same on every rank."""
+    for name, stage in run.recipe.stages.items():
+        if name in finished:
+            progress.skip(name)
+            continue
+        _run_stage(run, name, ranks, progress, find(stage.kind))
+        # The next stage reads what rank 0 has just written.
+        barrier()
+
+
+def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progress, function: StageFunction) -> None:
+    folder = run.stage_dirs[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = MetricsWriter(folder, enabled=ranks.rank == 0)
+    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress)
+    begin = time.monotonic()
+    progress.begin(name, context.stage.kind)
+    inputs = artifacts.input_digests(context.stage, run.stage_dirs) if ranks.rank == 0 else {}
+    try:
+        summary = function(context)
+    finally:
+        metrics.close()
+    if ranks.rank == 0:
+        wall_s = time.monotonic() - begin
+        made = folder / "artifact"
+        artifacts.record(
+            recipe=run.recipe.name,
+            name=name,
+            stage=context.stage,
+            seed=context.seed,
+            ranks=ranks.world_size,
+            platform_name=run.recipe.run.platform,
+            wall_s=wall_s,
+            inputs=inputs,
+            artifact=made if made.is_dir() else None,
+            metrics=summary,
+        ).write(folder)
+        run.write_summary("running")
+        progress.end(name, wall_s, dict(scalars(summary)))
+
+
+def _progress(run: RunDirectory, ranks: env.Ranks, terminal: int) -> Progress:
+    if ranks.rank:
+        return Progress.silent()
+    return Progress(list(run.recipe.stages), Console(file=os.fdopen(terminal, "w", buffering=1, encoding="utf-8")))
+
+
+def _redirect(log: Path) -> int:
+    """Send stdout and stderr to the rank's log, so that no library's print tears the display; returns the old stdout."""
+    terminal = os.dup(1)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    return terminal
+
+
+def die_with_parent(sign: signal.Signals) -> None:
+    """Ask Linux to send this process a signal when its parent dies, however it dies. No orphan keeps writing to a run directory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sign))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

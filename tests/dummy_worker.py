@@ -1,0 +1,67 @@
+"""A worker whose stages need no model: every kind is a loop that the prompts' limit and the description steer."""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from r1mega import env
+from r1mega.errors import UserError
+from r1mega.pipeline import worker
+from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.files import write_atomic
+from r1mega.pipeline.rundir import RunDirectory
+
+
+@contextmanager
+def start(run: RunDirectory) -> Iterator[Callable[[], Any]]:
+    ranks, met = env.ranks(), itertools.count()
+    folder = run.path / "logs" / "barrier"
+    folder.mkdir(exist_ok=True)
+    for mine in folder.glob(f"*-{ranks.rank}"):
+        mine.unlink()
+
+    def barrier() -> None:
+        step = next(met)
+        (folder / f"{step}-{ranks.rank}").touch()
+        while len(list(folder.glob(f"{step}-*"))) < ranks.world_size:
+            time.sleep(0.01)
+
+    yield barrier
+
+
+def stage(ctx: StageContext) -> dict[str, Any]:
+    action = ctx.recipe.description
+    checkpoint = ctx.dir / "done"
+    done = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    ctx.metrics.resume(after=done)
+    for update in range(done + 1, 5):
+        if action == f"user error on rank {ctx.rank}":
+            raise UserError("the prompts are missing; name a file")
+        if action == f"crash on rank {ctx.rank}":
+            raise ArithmeticError("loss is NaN")
+        if action == f"die on rank {ctx.rank}":
+            os.kill(os.getpid(), 9)
+        ctx.metrics.write({"update": update, "reward/mean": update / 4, "eval/tiny/pass@1": {"value": 0.5, "ci95": [0.4, 0.6]}})
+        ctx.progress.update(update, 4, {"reward": update / 4})
+        if ctx.rank == 0:
+            write_atomic(checkpoint, str(update))
+        if update == 2:
+            while (ctx.run.path / "hold").exists():
+                time.sleep(0.05)
+    print("a library prints")
+    if ctx.stage.kind != "evaluate":
+        with ctx.artifact() as folder:
+            if ctx.rank == 0:
+                (folder / "config.json").write_text("{}")
+                (folder / "model.safetensors").write_bytes(b"weights")
+    else:
+        ctx.model_dir(ctx.stage.model)
+    return {"pass@1": {"value": 0.5, "ci95": [0.4, 0.6]}, "seed": ctx.seed}
+
+
+if __name__ == "__main__":
+    raise SystemExit(worker.main(sys.argv[1:], find=lambda kind: stage, start=start))
