@@ -120,12 +120,13 @@ def test_only_the_loss_carries_a_gradient() -> None:
 
 def test_masked_positions_cannot_overflow() -> None:
     """Where a log-prob is -200 and its placeholders are 0, exp(200) would be inf in float32, and inf x 0 NaN."""
-    logprobs = torch.tensor([-1.0, -200.0]).requires_grad_()
-    zeros = torch.tensor([-1.0, 0.0])
-    out = policy_loss(logprobs, zeros, zeros, torch.tensor([1.0, 0.0]), torch.tensor([True, False]), GRPO)
-    (out.loss * torch.tensor([1.0, 0.0])).sum().backward()
-    assert out.loss.tolist() == [-1.0, 0.0] and out.ratio.tolist() == [1.0, 1.0] and out.kl.tolist() == [0.0, 0.0]
-    assert logprobs.grad is not None and logprobs.grad.tolist() == [-1.0, 0.0]
+    mask = torch.tensor([True, False, False])
+    logprobs = torch.tensor([-1.0, -200.0, -1.0]).requires_grad_()
+    old, reference = torch.tensor([-1.0, 0.0, 150.0]), torch.tensor([-1.0, 0.0, 150.0])
+    out = policy_loss(logprobs, old, reference, torch.tensor([1.0, 0.0, 3.0]), mask, GRPO)
+    (gradient,) = torch.autograd.grad((out.loss * mask).sum(), logprobs)
+    assert out.loss.tolist() == [-1, 0, 0] and out.ratio.tolist() == [1, 1, 1] and out.kl.tolist() == [0, 0, 0]
+    assert gradient.tolist() == [-1, 0, 0]
 
 
 def test_kl_needs_a_reference() -> None:

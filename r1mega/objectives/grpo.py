@@ -41,7 +41,7 @@ def group_advantages(rewards: Tensor, judged: Tensor | None, normalize_std: bool
     count = judged.sum(dim=1, keepdim=True)
     # In float64 the mean of equal float32 rewards is exact. In float32 its rounding error, divided by eps, is an advantage of 1e-3.
     known = rewards.double().masked_fill(~judged, 0.0)
-    advantages = (known - known.sum(dim=1, keepdim=True) / count.clamp(min=1)).masked_fill(~judged | (count < 2), 0.0)
+    advantages = (known - known.sum(dim=1, keepdim=True) / count.clamp(min=1)).masked_fill(~judged, 0.0)
     if normalize_std:
         variance = advantages.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + eps)
