@@ -6,10 +6,19 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A question.
 
-    `text` is the bare question; templates are applied later. `answer` is the reference answer, None where a reward needs none.
+    `text` is the bare question; templates are applied later. `history` is what was said before it: a system message, earlier turns.
+    `answer` is the reference answer, None where a reward needs none.
     `meta` holds whatever else the source knows (language, difficulty, tests), plain JSON values only.
     """
 
@@ -17,3 +26,4 @@ class Prompt:
     text: str
     answer: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Message, ...] = ()

@@ -1,0 +1,87 @@
+"""The process in which rewards are judged. It is started by `rewards.judge`, may be killed at any moment, and keeps no state.
+
+Both directions are JSON lines: nothing that a reward makes is unpickled by the trainer.
+It imports neither torch nor the trainer's main module.
+"""
+
+import json
+import math
+import numbers
+import os
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1mega.data.prompts import Message, Prompt
+from r1mega.errors import UserError
+from r1mega.rewards.imports import load_function
+
+Case = tuple[str, Prompt, str]
+"""One call to make: the reward's name, the prompt and the response."""
+
+_LONGEST_REASON = 300
+"""Characters. A verdict's line stays below PIPE_BUF (4,096 bytes), so that one `write` sends it whole."""
+
+
+def pack(cases: Sequence[Case]) -> dict[str, Any]:
+    """Cases as JSON values; prompts that several cases share are there once."""
+    prompts = {id(prompt): prompt for _, prompt, _ in cases}
+    places = {key: place for place, key in enumerate(prompts)}
+    return {
+        "prompts": [vars(prompt) | {"history": [vars(message) for message in prompt.history]} for prompt in prompts.values()],
+        "cases": [(reward, places[id(prompt)], response) for reward, prompt, response in cases],
+    }
+
+
+def unpack(message: dict[str, Any]) -> list[Case]:
+    """The inverse of `pack`."""
+    prompts = [Prompt(**fields | {"history": tuple(Message(**turn) for turn in fields["history"])}) for fields in message["prompts"]]
+    return [(reward, prompts[place], response) for reward, place, response in message["cases"]]
+
+
+def main() -> None:
+    """Serve standard input until it closes.
+
+    The first line is the set-up: `functions` (reward name -> import path), `search_path`, `memory` in bytes; it is answered by
+    `{"ready": true}` or `{"refused": why}`. Each further line holds packed cases, and each case is answered by a line `[value, reason]`
+    as soon as it is judged.
+    """
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.dup(1)
+    # A reward that prints or reads would speak into the protocol.
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    setup = json.loads(requests.readline())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (setup["memory"], setup["memory"]))
+    search_path = [Path(folder) for folder in setup["search_path"]]
+    try:
+        functions = {name: load_function(path, search_path) for name, path in setup["functions"].items()}
+    except UserError as error:
+        _send(answers, {"refused": str(error)})
+        return
+    _send(answers, {"ready": True})
+    for line in requests:
+        for reward, prompt, response in unpack(json.loads(line)):
+            _send(answers, _judge(functions[reward], prompt, response))
+
+
+def _judge(function: Callable[[Prompt, str], Any], prompt: Prompt, response: str) -> tuple[float | None, str | None]:
+    """(value, None), or (None, why it could not be judged)."""
+    try:
+        value = function(prompt, response)
+        value = value.item() if hasattr(value, "item") else value  # NumPy's scalars
+        if value is None:
+            return None, "returned None"
+        if not isinstance(value, numbers.Real):
+            return None, f"returned {type(value).__name__}, not a number"
+        number = float(value)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may fail in any way
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+    return (number, None) if math.isfinite(number) else (None, f"returned {number}")
+
+
+def _send(answers: int, message: Any) -> None:
+    os.write(answers, json.dumps(message).encode() + b"\n")
