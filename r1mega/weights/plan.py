@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def owned_pieces(groups: list[Holders], world_size: int) -> list[list[Piece]]:
         for piece in _pieces(group):
             # The embedding may stand on two stages; the first one answers for it.
             pieces.setdefault((piece.tensor, piece.source), (piece, ranks))
-    fair_share = -(-sum(piece.source.size for piece, _ in pieces.values()) // world_size)
+    fair_share = -(-sum(source.size for _, source in pieces) // world_size)
     parts = [
         (part, ranks) for piece, ranks in pieces.values() for part in _cut(piece, min(len(ranks), -(-piece.source.size // fair_share)))
     ]
@@ -51,7 +52,7 @@ def _cut(piece: Piece, count: int) -> Iterator[Piece]:
         return
     rows = piece.source.shape[0]
     edges = sorted({rows * i // count for i in range(count + 1)})
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         yield Piece(piece.chunk, piece.param, _rows(piece.box, first, last), piece.tensor, _rows(piece.source, first, last))
 
 
@@ -177,7 +178,7 @@ def transfer_plan(source: list[Holders], target: list[Holders]) -> TransferPlan:
             if (piece.tensor, piece.source) not in seen:
                 seen.add((piece.tensor, piece.source))
                 held[piece.tensor].append((index, piece))
-    routes = []
+    routes: list[Route] = []
     for group in target:
         copies: dict[int, list[tuple[Piece, Piece]]] = defaultdict(list)
         for wanted in _pieces(group):

@@ -1,0 +1,55 @@
+"""DeepSeek's block FP8: e4m3 codes and one float32 scale for every 128 x 128 block (arXiv 2412.19437, section 3.3).
+
+The scale is stored as `weight_scale_inv` and multiplies the codes. Blocks at the right and bottom edge may be smaller.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+_E4M3_MAX = 448.0
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of this shape."""
+    return tuple(-(-extent // BLOCK) for extent in shape)
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix: a block's largest magnitude becomes 448, the largest e4m3 number.
+
+    Args:
+        weight: [rows, columns], any floating dtype.
+
+    Returns:
+        (float8_e4m3fn [rows, columns], float32 [ceil(rows / 128), ceil(columns / 128)]). A block of zeros has scale 1.
+    """
+    columns = weight.shape[1]
+    scale = torch.empty(scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    block_of = torch.arange(columns, device=weight.device) // BLOCK
+    pad = scale.shape[1] * BLOCK - columns
+    for i in range(scale.shape[0]):
+        # One row of blocks at a time bounds the float32 copy.
+        strip = weight[i * BLOCK : (i + 1) * BLOCK].float()
+        largest = torch.nn.functional.pad(strip.abs().amax(0), (0, pad)).view(-1, BLOCK).amax(1)
+        scale[i] = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
+        # The division rounds, and a value past the largest code would become NaN.
+        codes[i * BLOCK : (i + 1) * BLOCK] = (strip / scale[i, block_of]).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def dequantise(codes: Tensor, scale: Tensor, start: tuple[int, int] = (0, 0)) -> Tensor:
+    """The float32 product of codes and scales.
+
+    Args:
+        codes: float8_e4m3fn [rows, columns], a region of a matrix that starts at `start`.
+        scale: float32, the scales of exactly the blocks that the region touches.
+    """
+    columns = codes.shape[1]
+    result = codes.float()
+    offset = start[0] % BLOCK
+    by_column = scale.float()[:, (torch.arange(columns, device=codes.device) + start[1] % BLOCK) // BLOCK]
+    for i in range(scale.shape[0]):
+        result[max(i * BLOCK - offset, 0) : (i + 1) * BLOCK - offset] *= by_column[i]
+    return result
