@@ -66,13 +66,13 @@ Prompts = Annotated[JsonlPrompts | ParquetPrompts | DatasetPrompts | GymPrompts 
 class PromptSet(Closed):
     """Prompts, the part of them to use, and how they are shown to the model."""
 
-    source: Prompts
+    source: Prompts = Field(description="where the questions come from")
     split: Literal["train", "heldout", "all"] = Field(
         "train", description="prompts are divided by a hash of their text, so train and heldout never share a question"
     )
     heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of the questions that belong to heldout")
     template: Literal["none", "r1_zero", "chat"] = Field(
-        "none", description="none: the text as it is; r1_zero: the conversation preamble of the R1 paper; chat: the tokenizer's chat template"
+        "none", description="none: the bare text; r1_zero: the conversation preamble of the R1 paper; chat: the tokenizer's chat template"
     )
     limit: int | None = Field(None, ge=1, description="use only the first so many prompts")
 
@@ -99,9 +99,12 @@ class Rollout(Closed):
 class Reward(Closed):
     """One part of the reward: a function and its weight."""
 
-    function: str = Field(description="import path of `f(prompt, response) -> float`, such as 'r1mega.rewards.math:accuracy' or 'my_task:reward'")
+    function: str = Field(
+        description="import path of `f(prompt, response) -> float`, such as 'r1mega.rewards.math:accuracy', "
+        "or 'my_task:reward' for my_task.py beside the recipe"
+    )
     weight: Schedule = Field(1.0, description="factor in the sum of rewards; a schedule over updates")
-    deadline_s: float = Field(10.0, gt=0, description="seconds for one response, after which its judge is killed and the response counts as not judged")
+    deadline_s: float = Field(10.0, gt=0, description="seconds for one response; then its judge is killed and the response is not judged")
 
 
 # ---------------------------------------------------------------- objective and optimizer
@@ -113,15 +116,16 @@ class GrpoObjective(Closed):
     clip: float = Field(10.0, gt=0, description="eps of the ratio clip on both sides; the R1 paper uses 10")
     clip_high: float | None = Field(None, gt=0, description="upper eps when it differs from `clip` (DAPO: clip 0.2, clip_high 0.28)")
     kl_coef: float = Field(1e-3, ge=0, description="beta, weight of the KL to the reference; 0 needs no reference model")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of the KL; k3 = exp(d) - d - 1 with d = log pi_ref - log pi")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator; k3 = exp(d) - d - 1 with d = log pi_ref - log pi")
     aggregation: Literal["sequence", "token", "constant"] = Field(
-        "sequence", description="sequence: mean over a response's tokens, then over responses (GRPO); token: mean over all tokens (DAPO); "
-        "constant: sum over tokens divided by responses x `constant_length` (Dr.GRPO)"
+        "sequence",
+        description="sequence: mean over a response's tokens, then over responses (GRPO); token: mean over all tokens (DAPO); "
+        "constant: sum over tokens divided by responses x `constant_length` (Dr.GRPO)",
     )
     constant_length: int | None = Field(None, ge=1, description="divisor of aggregation `constant`, usually the length cap")
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (Dr.GRPO: false)")
     mask_truncated: bool = Field(False, description="leave responses that hit the length cap out of the loss (DAPO)")
-    drop_uniform_groups: bool = Field(False, description="leave groups whose rewards are all equal out of the batch (DAPO's dynamic sampling)")
+    drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal (DAPO's dynamic sampling)")
 
     @model_validator(mode="after")
     def _constant_needs_its_length(self) -> "GrpoObjective":
@@ -137,9 +141,9 @@ class Optimizer(Closed):
     min_lr: float | None = Field(None, ge=0, description="learning rate at the end of the decay; left out: no decay")
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="shape of the decay from lr to min_lr")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up from 0")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean of squared gradients")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; norms and biases are exempt")
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
     distributed: bool = Field(True, description="shard optimizer states over data-parallel ranks (ZeRO-1)")
@@ -148,7 +152,7 @@ class Optimizer(Closed):
 class Train(Closed):
     """How a training step is executed."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations; gradients and master weights are float32")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations; gradients are float32")
     fp8: Literal["none", "blockwise", "tensorwise", "mxfp8"] = Field("none", description="Transformer Engine's FP8 recipe; CUDA only")
     chunk_tokens: int = Field(4096, ge=8, description="tokens of one packed micro-batch; the longest sequence must fit")
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
@@ -156,6 +160,14 @@ class Train(Closed):
     router_bias_rate: float = Field(0.0, ge=0, description="update rate of the router's expert bias (V3: 1e-3 in pre-training, 0 in RL)")
     aux_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise expert-balance loss (V3: 1e-4 in pre-training)")
     mtp_loss: float = Field(0.0, ge=0, description="weight of the multi-token-prediction loss; 0 leaves the MTP weights as they are")
+
+
+class PretrainTrain(Train):
+    """How a pre-training step is executed: Train with the balance and MTP losses of DeepSeek-V3 on."""
+
+    router_bias_rate: float = Field(1e-3, ge=0, description="update rate of the router's expert bias")
+    aux_loss: float = Field(1e-4, ge=0, description="weight of the sequence-wise expert-balance loss")
+    mtp_loss: float = Field(0.3, ge=0, description="weight of the multi-token-prediction loss; 0 leaves the MTP weights as they are")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -169,21 +181,23 @@ class Suite(Closed):
     extract: str | None = Field(None, description="import path of `f(response) -> str | None`, the answer that consensus votes on")
     k: int = Field(16, ge=1, description="samples per prompt")
     sampling: Sampling = Sampling()
-    measures: dict[str, str] = Field(default_factory=dict, description="further mean measures: name -> import path of `f(prompt, response) -> float`")
+    measures: dict[str, str] = Field(
+        default_factory=dict, description="further means: name -> import path of `f(prompt, response) -> float`"
+    )
 
 
 class Gate(Closed):
     """A bound that an evaluation metric must keep, or the stage fails."""
 
     metric: str = Field(description="metric name, such as 'pass@1'")
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, description="smallest value that passes")
+    max: float | None = Field(None, description="largest value that passes")
 
 
 class Evaluation(Closed):
     """Evaluations inside a training stage."""
 
-    suites: dict[str, Suite]
+    suites: dict[str, Suite] = Field(min_length=1, description="benchmarks by name")
     every: int = Field(0, ge=0, description="updates between evaluations; 0: only after the last update")
     at_start: bool = Field(False, description="also evaluate before the first update")
 
@@ -195,14 +209,14 @@ class TinyCorpus(Closed):
     """Documents of the tiny language: problems with long or short answers."""
 
     kind: Literal["tiny"]
-    task: Literal["running_sum"]
+    task: Literal["running_sum"] = Field(description="running_sum: add six digits modulo ten, in one of two languages")
     long_share: float = Field(ge=0, le=1, description="share of documents with a chain of thought; the others guess")
     mixed_share: float = Field(0.5, ge=0, le=1, description="share of the long documents that mix the two languages")
     tagged_share: float = Field(1.0, ge=0, le=1, description="share of the documents that carry think and answer tags")
     error_rate: tuple[float, float] = Field((0.08, 0.02), description="probability of a wrong step in English and in Chinese")
     corrected_share: float = Field(0.5, ge=0, le=1, description="share of the wrong steps that are corrected at once, after a `wait`")
     heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of the questions that no document holds; the same as the prompts'")
-    seed: int = 0
+    seed: int = Field(0, description="seed of the documents")
 
 
 class JsonlCorpus(Closed):
@@ -219,9 +233,9 @@ Corpus = Annotated[TinyCorpus | JsonlCorpus, Field(discriminator="kind")]
 class Phase(Closed):
     """A stretch of pre-training on one corpus with one learning rate schedule."""
 
-    corpus: Corpus
-    updates: int = Field(ge=1)
-    documents_per_update: int = Field(64, ge=1)
+    corpus: Corpus = Field(description="the documents")
+    updates: int = Field(ge=1, description="optimizer steps of this phase")
+    documents_per_update: int = Field(64, ge=1, description="documents of one optimizer step")
     optimizer: Optimizer
 
 
@@ -238,8 +252,8 @@ class Pretrain(StageBase):
     kind: Literal["pretrain"]
     architecture: FolderPath = Field(description="folder with config.json and the tokenizer's files")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
-    phases: list[Phase] = Field(min_length=1)
-    train: Train = Train(router_bias_rate=1e-3, aux_loss=1e-4, mtp_loss=0.3)
+    phases: list[Phase] = Field(min_length=1, description="stretches of training, in order")
+    train: PretrainTrain = PretrainTrain()
     evaluation: Evaluation | None = None
     gates: list[Gate] = Field(default_factory=list, description="bounds on the last evaluation, checked before the artifact is finished")
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: none")
@@ -252,11 +266,11 @@ class Grpo(StageBase):
     kind: Literal["grpo"]
     model: ModelPath = Field(description="artifact to start from: a stage's name, or a Hugging Face folder")
     prompts: PromptSet
-    rewards: dict[str, Reward] = Field(min_length=1)
-    not_judged_limit: float = Field(0.01, ge=0, le=1, description="the run stops when a larger share of an update's rewards could not be judged")
+    rewards: dict[str, Reward] = Field(min_length=1, description="parts of the reward by name; their weighted sum is the reward")
+    not_judged_limit: float = Field(0.01, ge=0, le=1, description="the run stops when a larger share of an update's rewards is not judged")
     group_size: int = Field(16, ge=2, description="G, responses per prompt")
     prompts_per_rollout: int = Field(512, ge=1, description="prompts answered before training on them (paper: 512, 8,192 responses)")
-    updates_per_rollout: int = Field(16, ge=1, description="minibatches, each one optimizer step, that one rollout is split into (paper: 16)")
+    updates_per_rollout: int = Field(16, ge=1, description="minibatches (one optimizer step each) of one rollout (paper: 16)")
     updates: int = Field(ge=1, description="optimizer steps in all")
     reference_refresh: int = Field(400, ge=0, description="updates after which the reference becomes the current policy; 0: never")
     sampling: Sampling = Sampling()
@@ -265,7 +279,7 @@ class Grpo(StageBase):
     train: Train = Train()
     evaluation: Evaluation | None = None
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: none")
-    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    export_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the exported safetensors")
 
     @field_validator("rewards")
     @classmethod
@@ -289,8 +303,8 @@ class Evaluate(StageBase):
 
     kind: Literal["evaluate"]
     model: ModelPath = Field(description="artifact to evaluate: a stage's name, or a Hugging Face folder")
-    suites: dict[str, Suite] = Field(min_length=1)
-    gates: list[Gate] = Field(default_factory=list)
+    suites: dict[str, Suite] = Field(min_length=1, description="benchmarks by name")
+    gates: list[Gate] = Field(default_factory=list, description="bounds that the metrics must keep, or the stage fails")
 
 
 Stage = Annotated[Pretrain | Grpo | Evaluate, Field(discriminator="kind")]
@@ -299,7 +313,7 @@ Stage = Annotated[Pretrain | Grpo | Evaluate, Field(discriminator="kind")]
 class Run(Closed):
     """The processes of a run."""
 
-    platform: Literal["cpu", "cuda"] = "cpu"
+    platform: Literal["cpu", "cuda"] = Field("cpu", description="what ranks compute on")
     ranks: int = Field(1, ge=1, description="processes that r1mega run starts on this machine")
     threads_per_rank: int = Field(1, ge=1, description="BLAS threads of each process on a CPU")
 
@@ -307,10 +321,10 @@ class Run(Closed):
 class Recipe(Closed):
     """A whole run: a graph of stages that exchange artifacts."""
 
-    name: str
-    description: str = ""
-    seed: int = 1
+    name: str = Field(description="name of the run: letters, digits, '-' and '_'")
+    description: str = Field("", description="a line for people")
+    seed: int = Field(1, description="seed of everything random; a stage may have its own")
     run: Run = Run()
     layout: Layout = Layout()
     rollout: Rollout = Rollout()
-    stages: dict[str, Stage] = Field(min_length=1)
+    stages: dict[str, Stage] = Field(min_length=1, description="stages by name, run in this order; a stage reads what earlier ones made")

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either reading of YAML would take for something else than a string."""
 
-    yaml_implicit_resolvers = {first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers: dict[str, Any] = {first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
