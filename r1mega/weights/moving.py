@@ -7,7 +7,7 @@ from torch import Tensor
 
 from r1mega.weights.boxes import Box
 from r1mega.weights.placement import LocalParam
-from r1mega.weights.plan import ExportPlan
+from r1mega.weights.plan import ExportPlan, Send
 
 Params = Mapping[tuple[int, str], Tensor]
 """Parameters and persistent buffers of a rank by (model chunk, name)."""
@@ -28,14 +28,10 @@ def gather_local(params: Params, plan: ExportPlan, rank: int, dtype: torch.dtype
     if out is None:
         device = params[sends[0].piece.chunk, sends[0].piece.param].device if sends else None
         out = torch.empty(plan.nbytes(dtype.itemsize), dtype=torch.uint8, device=device)
-    for section, is_float32 in zip(_sections(out, plan, dtype), (True, False), strict=True):
-        parts = [
-            params[send.piece.chunk, send.piece.param].detach()[send.piece.box.slices].reshape(-1)
-            for send in sends
-            if send.float32 == is_float32
-        ]
-        if parts:
-            torch.cat(parts, out=section[: sum(part.numel() for part in parts)])
+    for section, part in zip(_sections(out, plan, dtype), _by_section(sends), strict=True):
+        values = [_region(params[send.piece.chunk, send.piece.param].detach(), send) for send in part]
+        if values:
+            torch.cat(values, out=section[: sum(send.size for send in part)])
     return out
 
 
@@ -50,19 +46,25 @@ def assemble(buffers: Tensor, plan: ExportPlan, dtype: torch.dtype) -> dict[str,
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     result: dict[str, Tensor] = {}
     for buffer, sends in zip(buffers, plan.sends, strict=True):
-        floats, weights = _sections(buffer, plan, dtype)
-        for send in sends:
-            name, source = send.piece.tensor, send.piece.source
-            flat = floats if send.float32 else weights
-            part = flat[send.offset : send.offset + source.size].view(source.shape)
-            shape = shapes[name]
-            if source.shape == shape:
-                result[name] = part
-                continue
-            if name not in result:
-                result[name] = torch.empty(shape, dtype=flat.dtype, device=flat.device)
-            result[name][source.slices] = part
-    return {tensor.name: result[tensor.name] for tensor in plan.tensors}
+        for section, part in zip(_sections(buffer, plan, dtype), _by_section(sends), strict=True):
+            sizes = [send.size for send in part]
+            for send, values in zip(part, section[: sum(sizes)].split(sizes), strict=True):
+                name = send.piece.tensor
+                if send.shape == shapes[name]:
+                    result[name] = values.view(send.shape)
+                    continue
+                if name not in result:
+                    result[name] = torch.empty(shapes[name], dtype=values.dtype, device=values.device)
+                result[name][send.piece.source.slices] = values.view(send.shape)
+    return {name: result[name] for name in shapes}
+
+
+def _by_section(sends: Sequence[Send]) -> tuple[list[Send], list[Send]]:
+    return [send for send in sends if send.float32], [send for send in sends if not send.float32]
+
+
+def _region(value: Tensor, send: Send) -> Tensor:
+    return (value if value.shape == send.shape else value[send.piece.box.slices]).reshape(-1)
 
 
 def _sections(buffer: Tensor, plan: ExportPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

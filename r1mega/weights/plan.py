@@ -63,9 +63,11 @@ def _rows(box: Box, first: int, last: int) -> Box:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """An owned piece and its offset, in elements, in its section of the owner's send buffer."""
+    """An owned piece: its shape and size, its offset in elements in its section of the owner's send buffer, and which section."""
 
     piece: Piece
+    shape: tuple[int, ...]
+    size: int
     offset: int
     float32: bool
 
@@ -102,9 +104,9 @@ def export_plan(arch: Architecture, layout: Layout, world_size: int, spelling: S
         offsets = {True: 0, False: 0}
         row = []
         for piece in pieces:
-            section = piece.tensor in float32
-            row.append(Send(piece, offsets[section], section))
-            offsets[section] += piece.source.size
+            section, size = piece.tensor in float32, piece.source.size
+            row.append(Send(piece, piece.source.shape, size, offsets[section], section))
+            offsets[section] += size
         sends.append(tuple(row))
         floats, weights = max(floats, offsets[True]), max(weights, offsets[False])
     return ExportPlan(tensors, tuple(sends), floats, weights)
