@@ -48,7 +48,7 @@ def assemble(buffers: Tensor, plan: ExportPlan, dtype: torch.dtype) -> dict[str,
     for buffer, sends in zip(buffers, plan.sends, strict=True):
         for section, part in zip(_sections(buffer, plan, dtype), _by_section(sends), strict=True):
             sizes = [send.size for send in part]
-            for send, values in zip(part, section[: sum(sizes)].split(sizes), strict=True):
+            for send, values in zip(part, torch.split(section[: sum(sizes)], sizes), strict=True):
                 name = send.piece.tensor
                 if send.shape == shapes[name]:
                     result[name] = values.view(send.shape)

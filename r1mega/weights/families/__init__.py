@@ -7,10 +7,10 @@ from typing import Any
 
 from r1mega.errors import UserError
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.families import deepseek_v2, deepseek_v3
+from r1mega.weights.families import deepseek_v2, deepseek_v3, llama, qwen2
 from r1mega.weights.table import Table
 
-_FAMILIES: dict[str, ModuleType] = {"deepseek_v3": deepseek_v3, "deepseek_v2": deepseek_v2}
+_FAMILIES: dict[str, ModuleType] = {"deepseek_v3": deepseek_v3, "deepseek_v2": deepseek_v2, "qwen2": qwen2, "llama": llama}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:

@@ -4,7 +4,8 @@ from typing import Literal
 
 from r1mega.weights.architecture import Architecture, Mla, Moe
 from r1mega.weights.families.config import Config, choice, expect, flag, integer, number, optional_integer, rope
-from r1mega.weights.table import Fused, Mtp, Row, Shard, Storage, Table
+from r1mega.weights.families.rows import embedding, final_norm, gated_mlp, head, linear, norm
+from r1mega.weights.table import Mtp, Row, Shard, Storage, Table
 
 
 def architecture(config: Config) -> Architecture:
@@ -65,36 +66,22 @@ def latent_attention_moe(family: Literal["deepseek_v3", "deepseek_v2"], config: 
 def table(arch: Architecture) -> Table:
     """Rows of every tensor; the released V3 checkpoint has exactly these."""
     assert arch.mla is not None and arch.moe is not None
-    embedding = Row(
-        "model.embed_tokens.weight", (arch.vocab, arch.hidden),
-        "embedding.word_embeddings.weight", "embedding.word_embeddings.weight", Shard.VOCABULARY,
-    )  # fmt: skip
-    head = Row("lm_head.weight", (arch.vocab, arch.hidden), "output_layer.weight", "output_layer.weight", Shard.VOCABULARY)
     attention = _attention(arch, arch.mla)
     dense = (*attention, *_dense_mlp(arch))
     moe = (*attention, *_moe_mlp(arch, arch.moe))
     dense_layers = min(arch.moe.first_dense_layers, arch.layers)
+    token_embedding, output = embedding(arch), head(arch)
     return Table(
-        embedding=embedding,
+        embedding=token_embedding,
         layers=(dense,) * dense_layers + (moe,) * (arch.layers - dense_layers),
-        final_norm=norm("model.norm.weight", arch.hidden, "decoder.final_layernorm.weight"),
-        head=None if arch.tied else head,
+        final_norm=final_norm(arch),
+        head=output,
         mtp=(Mtp(own=_mtp(arch), layer=moe),) * arch.mtp_layers,
         mtp_copies=(
-            ("embed_tokens.weight", embedding.tensor),
-            ("shared_head.head.weight", embedding.tensor if arch.tied else head.tensor),
+            ("embed_tokens.weight", token_embedding.tensor),
+            ("shared_head.head.weight", (output or token_embedding).tensor),
         ),
     )
-
-
-def norm(tensor: str, width: int, local: str, te: str | None = None) -> Row:
-    """A norm's weight; Transformer Engine fuses some norms into the linear that follows, which renames them."""
-    return Row(tensor, (width,), local, te or local)
-
-
-def linear(tensor: str, shape: tuple[int, int], param: str, shard: Shard = Shard.WHOLE) -> Row:
-    """A linear layer's weight, (out, in)."""
-    return Row(tensor, shape, param, param, shard, storage=Storage.BLOCK_FP8)
 
 
 def _attention(arch: Architecture, mla: Mla) -> tuple[Row, ...]:
@@ -123,23 +110,6 @@ def _attention(arch: Architecture, mla: Mla) -> tuple[Row, ...]:
         linear("self_attn.kv_b_proj.weight", kv_up, "self_attention.linear_kv_up_proj.weight", Shard.ROWS),
         linear("self_attn.o_proj.weight", (hidden, heads * mla.v_head_dim), "self_attention.linear_proj.weight", Shard.COLUMNS),
     )  # fmt: skip
-
-
-def gated_mlp(tensor: str, local: str, te: str, hidden: int, width: int, experts: int = 0) -> tuple[Row, ...]:
-    """gate, up and down of one gated MLP. `local` and `te` are the parameter's name with `{fc}` for linear_fc1 or linear_fc2."""
-    rows = []
-    for index, name in enumerate(("gate", "up")):
-        rows.append(Row(
-            tensor.format(proj=f"{name}_proj", e="{e}"), (width, hidden),
-            local.format(fc="linear_fc1", e="{e}"), te.format(fc="linear_fc1", e="{e}"),
-            Shard.ROWS, Fused(index, (width, width)), experts, Storage.BLOCK_FP8,
-        ))  # fmt: skip
-    rows.append(Row(
-        tensor.format(proj="down_proj", e="{e}"), (hidden, width),
-        local.format(fc="linear_fc2", e="{e}"), te.format(fc="linear_fc2", e="{e}"),
-        Shard.COLUMNS, None, experts, Storage.BLOCK_FP8,
-    ))  # fmt: skip
-    return tuple(rows)
 
 
 def _dense_mlp(arch: Architecture) -> tuple[Row, ...]:
