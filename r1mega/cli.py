@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,8 +39,66 @@ def _run(options: argparse.Namespace) -> int:
     return launcher.run(options.recipe, options.overrides, options.output, options.fresh)
 
 
+def _declare_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from r1mega.config.loading import dump_resolved, load_recipe
+    from r1mega.pipeline.preflight import check_inputs
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_inputs(recipe, options.recipe.parent.absolute())
+    print(dump_resolved(recipe), end="")
+    return 0
+
+
+def _declare_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="Hugging Face model folder")
+    parser.add_argument("--suite", required=True, metavar="NAME", help="name of a benchmark that ships with r1mega, or a YAML file")
+    parser.add_argument("--samples", type=int, metavar="K", help="samples per prompt (default: the suite's)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the samples (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="BLAS threads (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from r1mega.config import suites
+    from r1mega.pipeline.artifacts import check_model
+    from r1mega.pipeline.files import write_json
+
+    suite = suites.find(options.suite)
+    if options.samples is not None and options.samples < 1:
+        raise UserError(f"--samples {options.samples}: expected at least 1")
+    if options.samples:
+        suite = suite.model_copy(update={"k": options.samples})
+    folder = check_model(options.model, "MODEL_DIR")
+    from r1mega.stages.evaluate import evaluate_directory
+
+    metrics = evaluate_directory(folder, suite, seed=options.seed, threads=options.threads)
+    print(json.dumps(metrics, indent=2))
+    if options.json:
+        write_json(options.json, metrics)
+    return 0
+
+
+def _declare_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("key", nargs="?", default="", metavar="KEY", help="such as stages.zero.objective.clip, or grpo.objective.clip")
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from r1mega.config.explain import explain
+
+    print(explain(options.key))
+    return 0
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
+    "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
+    "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
+    "explain": ("what a key of a recipe means, or the keys below it", _declare_explain, _explain),
 }
 
 

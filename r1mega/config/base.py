@@ -20,9 +20,18 @@ class PathMark:
     what: Literal["file", "folder", "model"]
 
 
+@dataclass(frozen=True)
+class FunctionMark:
+    """Marks a field that names a function as `module:function`, called with so many arguments."""
+
+    arguments: int
+
+
 FilePath = Annotated[str, PathMark("file")]
 FolderPath = Annotated[str, PathMark("folder")]
 ModelPath = Annotated[str, PathMark("model")]
+RewardFunction = Annotated[str, FunctionMark(2)]
+ExtractFunction = Annotated[str, FunctionMark(1)]
 
 
 def _number(value: Any) -> float:

@@ -1,11 +1,10 @@
 """What a recipe must satisfy beyond the types of its keys, checked before anything starts."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from r1mega.config.base import Closed, PathMark
+from r1mega.config import tree
+from r1mega.config.base import PathMark
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
 
@@ -17,7 +16,7 @@ def check(recipe: Recipe, source: str) -> None:
     _check_names(recipe, source)
     for index, (name, stage) in enumerate(recipe.stages.items()):
         earlier = list(recipe.stages)[:index]
-        for path, mark, value in paths(stage, f"stages.{name}"):
+        for path, mark, value in tree.marked(stage, PathMark, f"stages.{name}"):
             _check_path(recipe, earlier, path, mark, value, source)
         layout = stage.layout or recipe.layout
         try:
@@ -25,24 +24,6 @@ def check(recipe: Recipe, source: str) -> None:
         except ValueError as error:
             where = f"stages.{name}.layout" if stage.layout else "layout"
             raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
-
-
-def paths(config: Any, path: str) -> Iterator[tuple[str, PathMark, str]]:
-    """Every field below a configuration that holds a path: its key path, its mark, its value."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from paths(value, f"{path}.{key}")
-    elif isinstance(config, list):
-        for index, value in enumerate(config):
-            yield from paths(value, f"{path}.{index}")
-    elif isinstance(config, Closed):
-        for name, field in type(config).model_fields.items():
-            value = getattr(config, name)
-            mark = next((mark for mark in field.metadata if isinstance(mark, PathMark)), None)
-            if mark is None:
-                yield from paths(value, f"{path}.{name}")
-            else:
-                yield f"{path}.{name}", mark, value
 
 
 def _check_names(recipe: Recipe, source: str) -> None:

@@ -33,6 +33,7 @@ def explain(path: str) -> str:
     """
     spots = [_Spot(Recipe, None, None)]
     steps = [step for step in path.split(".") if step]
+    path = ".".join(steps)
     kinds = {tree.kind(member): member for member in tree.classes(Stage)}
     if steps and steps[0] in kinds:
         spots = [_Spot(kinds[steps.pop(0)], None, None)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from r1mega.config.base import Closed, FilePath, FolderPath, ModelPath, Schedule
+from r1mega.config.base import Closed, ExtractFunction, FilePath, FolderPath, ModelPath, RewardFunction, Schedule
 from r1mega.config.layout import Layout
 
 # ---------------------------------------------------------------- prompts
@@ -99,7 +99,7 @@ class Rollout(Closed):
 class Reward(Closed):
     """One part of the reward: a function and its weight."""
 
-    function: str = Field(
+    function: RewardFunction = Field(
         description="import path of `f(prompt, response) -> float`, such as 'r1mega.rewards.math:accuracy', "
         "or 'my_task:reward' for my_task.py beside the recipe"
     )
@@ -177,11 +177,13 @@ class Suite(Closed):
     """A benchmark: prompts, the function that judges, and how often each prompt is asked."""
 
     prompts: PromptSet
-    judge: str = Field(description="import path of the function whose value above 0.5 counts as correct")
-    extract: str | None = Field(None, description="import path of `f(response) -> str | None`, the answer that consensus votes on")
+    judge: RewardFunction = Field(description="import path of the function whose value above 0.5 counts as correct")
+    extract: ExtractFunction | None = Field(
+        None, description="import path of `f(response) -> str | None`, the answer that consensus votes on"
+    )
     k: int = Field(16, ge=1, description="samples per prompt")
     sampling: Sampling = Sampling()
-    measures: dict[str, str] = Field(
+    measures: dict[str, RewardFunction] = Field(
         default_factory=dict, description="further means: name -> import path of `f(prompt, response) -> float`"
     )
 

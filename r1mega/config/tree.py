@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from r1mega.config.base import Closed
+from r1mega.config.base import Closed, FunctionMark, PathMark
+
+M = TypeVar("M", PathMark, FunctionMark)
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -62,6 +64,32 @@ def _step(annotation: Any, key: str) -> Any | None:
         if key in member.model_fields:
             return member.model_fields[key].annotation
     return item(annotation)
+
+
+def marked(config: Closed, mark: type[M], path: str = "") -> Iterator[tuple[str, M, str]]:
+    """Every value below a configuration whose field carries a kind of mark: its key path, the mark, the value."""
+    for name, field in type(config).model_fields.items():
+        yield from _marked(getattr(config, name), field.annotation, field.metadata, mark, f"{path}.{name}" if path else name)
+
+
+def _marked(value: Any, annotation: Any, marks: Sequence[Any], mark: type[M], path: str) -> Iterator[tuple[str, M, str]]:
+    if isinstance(value, Closed):
+        yield from marked(value, mark, path)
+    elif isinstance(value, dict | list):
+        below = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in below:
+            yield from _marked(part, item(annotation), (), mark, f"{path}.{key}")
+    elif isinstance(value, str):
+        found = [one for one in (*marks, *_metadata(annotation)) if isinstance(one, mark)]
+        yield from ((path, one, value) for one in found)
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return list(get_args(annotation)[1:])
+    if get_origin(annotation) in (Union, UnionType):
+        return [mark for part in get_args(annotation) for mark in _metadata(part)]
+    return []
 
 
 def paths_below(annotation: Any, prefix: str = "") -> Iterator[str]:

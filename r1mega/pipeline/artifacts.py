@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import r1mega
-from r1mega.config.base import Closed
-from r1mega.config.checks import paths
+from r1mega.config.base import Closed, PathMark
+from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline import files
 
@@ -94,7 +94,7 @@ def record(
 def input_digests(stage: Closed, stage_dirs: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """Reference and digest of every file, folder and model that a stage reads, by key path."""
     found = {}
-    for path, mark, value in paths(stage, ""):
+    for path, mark, value in marked(stage, PathMark):
         if mark.what == "model" and value in stage_dirs:
             made = Provenance.read(stage_dirs[value])
             digest = str(made.artifact["digest"]) if made and made.artifact else ""
@@ -102,15 +102,15 @@ def input_digests(stage: Closed, stage_dirs: Mapping[str, Path]) -> dict[str, di
             digest = files.file_digest(Path(value))
         else:
             digest = files.combined_digest(files.digests(Path(value)))
-        found[path.removeprefix(".")] = {"reference": _portable_path(value, stage_dirs), "digest": digest}
+        found[path] = {"reference": _portable_path(value, stage_dirs), "digest": digest}
     return found
 
 
 def portable(stage: Closed) -> dict[str, Any]:
     """A stage's configuration as plain JSON, its paths relative to the working directory where they lie below it."""
     config: dict[str, Any] = stage.model_dump(mode="json")
-    for path, mark, value in paths(stage, ""):
-        *parents, last = path.removeprefix(".").split(".")
+    for path, mark, value in marked(stage, PathMark):
+        *parents, last = path.split(".")
         node: Any = config
         for step in parents:
             node = node[int(step)] if isinstance(node, list) else node[step]

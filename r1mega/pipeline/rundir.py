@@ -1,9 +1,9 @@
 """The run directory: its layout, who may use it, and whether what lies in it belongs to this run.
 
-    resolved.yaml            the whole configuration
-    summary.json             {"recipe", "status", "stages": [{"name", "kind", "wall_s", "metrics"}]}
-    logs/                    what ranks and their launcher print
-    stages/<nn>-<name>/      metrics.jsonl, artifact/, and provenance.json once the stage is finished
+resolved.yaml            the whole configuration
+summary.json             {"recipe", "status", "stages": [{"name", "kind", "wall_s", "metrics"}]}
+logs/                    what ranks and their launcher print
+stages/<nn>-<name>/      metrics.jsonl, artifact/, and provenance.json once the stage is finished
 """
 
 import fcntl

@@ -1,0 +1,22 @@
+"""Settings that must hold before torch is imported, and what a machine without a GPU leaves out."""
+
+import os
+
+# One thread per process: tests start several, and a BLAS thread too many makes tiny steps tens of times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

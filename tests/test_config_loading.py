@@ -1,0 +1,169 @@
+from pathlib import Path
+
+import pytest
+
+from r1mega.config.loading import dump_resolved, load_recipe, load_resolved
+from r1mega.config.schema import Recipe
+from r1mega.errors import UserError
+
+RECIPE = """
+name: test
+run: {ranks: 2}
+stages:
+  base:
+    kind: pretrain
+    architecture: arch
+    phases:
+      - corpus: {kind: tiny, task: running_sum, long_share: 0.9}
+        updates: 10
+        optimizer: {lr: 1e-3}
+  zero:
+    kind: grpo
+    model: base
+    updates: 16
+    prompts: {source: {kind: jsonl, path: data/prompts.jsonl}, template: r1_zero}
+    rewards:
+      accuracy: {function: "r1mega.rewards.exact:accuracy"}
+    optimizer: {lr: 3e-6}
+    sampling: {temperature: {0: 1.0, 8: 0.7}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    (tmp_path / "arch").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_paths_are_relative_to_the_recipe_and_stage_names_stay(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    recipe = load_recipe(recipe_file)
+    base, zero = recipe.stages["base"], recipe.stages["zero"]
+    assert base.kind == "pretrain" and base.architecture == str(recipe_file.parent / "arch")
+    assert zero.kind == "grpo" and zero.model == "base"
+    assert zero.prompts.source.kind == "jsonl" and zero.prompts.source.path == str(recipe_file.parent / "data" / "prompts.jsonl")
+
+
+def test_a_path_in_an_override_is_relative_to_the_working_directory(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "mine").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(recipe_file, ["stages.zero.model=mine"])
+    zero = recipe.stages["zero"]
+    assert zero.kind == "grpo" and zero.model == str(elsewhere / "mine")
+
+
+def test_numbers_overrides_and_schedules(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "seed=7",
+            "layout.ep=2",
+            "stages.base.phases.0.updates=3",
+            "stages.zero.sampling.temperature.8=0.5",
+            "stages.zero.train={mtp_loss: 0.1}",
+        ],
+    )
+    base, zero = recipe.stages["base"], recipe.stages["zero"]
+    assert base.kind == "pretrain" and zero.kind == "grpo"
+    assert (recipe.seed, recipe.layout.ep, base.phases[0].updates, base.phases[0].optimizer.lr) == (7, 2, 3, 1e-3)
+    assert zero.optimizer.lr == 3e-6
+    assert zero.sampling.temperature == {0: 1.0, 8: 0.5}
+    assert zero.train.mtp_loss == 0.1
+
+
+def test_part_of_a_pretraining_step_keeps_the_other_defaults_of_pretraining(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["stages.base.train.dtype=bfloat16"])
+    base = recipe.stages["base"]
+    assert base.kind == "pretrain"
+    assert (base.train.dtype, base.train.mtp_loss, base.train.router_bias_rate, base.train.aux_loss) == ("bfloat16", 0.3, 1e-3, 1e-4)
+
+
+def test_resolved_yaml_loads_back_equal_and_is_deterministic(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["description='no: 1e-4, ~ \"x\" 数'"])
+    text = dump_resolved(recipe)
+    (tmp_path / "resolved.yaml").write_text(text, encoding="utf-8")
+    again = load_resolved(tmp_path / "resolved.yaml")
+    assert again == recipe and dump_resolved(again) == text
+    assert isinstance(again, Recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.zero.objective.clp=3", "unknown key 'stages.zero.objective.clp'; the nearest known key is 'stages.zero.objective.clip'"),
+        ("stages.zero.lr=3", "unknown key 'stages.zero.lr'; the nearest known key is 'stages.zero.optimizer.lr'"),
+        ("sead=3", "unknown key 'sead'; the nearest known key is 'seed'"),
+        ("stages.zero.objective.clip=x", "'stages.zero.objective.clip': expected a number; got 'x'"),
+        ("stages.zero.updates=2.0", "'stages.zero.updates': expected an integer; got 2.0"),
+        ("stages.zero.updates='2'", "'stages.zero.updates': expected an integer; got '2'"),
+        ("stages.zero.updates=true", "'stages.zero.updates': expected an integer; got True"),
+        ("stages.zero.optimizer.lr=-1", "'stages.zero.optimizer.lr': expected greater than 0; got -1"),
+        ("stages.zero.objective.kl_estimator=k9", "'stages.zero.objective.kl_estimator': expected 'k1', 'k2' or 'k3'; got 'k9'"),
+        ("stages.zero.kind=grp", "'stages.zero.kind' is 'grp'; expected one of pretrain, grpo, evaluate"),
+        ("stages.zero=3", "'stages.zero': expected a mapping with a key 'kind', one of pretrain, grpo, evaluate; got 3"),
+        ("stages.zero.prompts.source={path: x}", "'stages.zero.prompts.source' needs a key 'kind', one of jsonl, parquet, dataset"),
+        ("stages.zero.sampling.temperature={3: 1}", "a schedule holds the key 0, its value from the first update on; got the keys [3]"),
+        ("stages.zero.sampling.temperature=hot", "expected a number, or a mapping from update to number"),
+        ("stages.zero.rewards={}", "'stages.zero.rewards': expected at least 1 entry"),
+        ("stages.zero.optimizer={}", "missing key 'stages.zero.optimizer.lr'"),
+        ("stages.base.phases.1.updates=3", "'stages.base.phases' is a list of 1; expected an index from 0 to 0, got '1'"),
+        ("stages.base.phases.0.optimizer.l=3", "unknown key 'stages.base.phases.0.optimizer.l'"),
+        ("seed.x=3", "'seed' is 1, which has no keys below it"),
+        ("seed", "expected key.path=value"),
+        ("seed=[", "line 1, column 2"),
+        ("layout.vpp=2", "vpp=2 needs pp >= 2, got pp=1"),
+        ("stages.zero.updates_per_rollout=7", "updates_per_rollout=7 does not divide prompts_per_rollout=512"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_the_key_and_the_fix(recipe_file: Path, override: str, message: str) -> None:
+    if override == "seed.x=3":
+        recipe_file.write_text("seed: 1\n" + RECIPE)
+    text = refusal(recipe_file, override)
+    assert message in text
+    if override != "layout.vpp=2" and "does not divide" not in text:
+        assert text.startswith(f"override {override!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["layout.tp=4"], "'layout': tp x cp x pp = 4 does not divide the 2 ranks"),
+        (["run.ranks=3", "layout.ep=2"], "'layout': etp x ep x pp = 2 does not divide the 3 ranks"),
+        (["stages.zero.layout={pp: 3}"], "'stages.zero.layout': tp x cp x pp = 3 does not divide the 2 ranks"),
+        (["stages.zero.model=zero"], "'stages.zero.model' is the stage 'zero', which does not come before this one"),
+        (["stages.zero.model=missing"], "and no earlier stage (base)"),
+        (["stages.base.architecture=missing"], "'stages.base.architecture': no folder"),
+        (["stages.zero.prompts.source.path=missing.jsonl"], "'stages.zero.prompts.source.path': no file"),
+        (["name=a/b"], "'name': 'a/b' names a folder"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(recipe_file: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(recipe_file, *overrides)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.yaml").endswith("cannot be read (No such file or directory)")
+    assert refusal(tmp_path).endswith("is a folder; name the YAML file")
+    for content, message in [
+        (b"", "got nothing"),
+        (b"- 1", "got [1]"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"{}", "missing key 'name' (and 1 more)"),
+    ]:
+        (tmp_path / "r.yaml").write_bytes(content)
+        assert message in refusal(tmp_path / "r.yaml")
