@@ -37,7 +37,6 @@ def transformer_config(arch: Architecture, layout: Layout, train: Train) -> Tran
 
 def _common(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
     dtype = DTYPES[train.dtype]
-    trained_mtp = arch.mtp_layers if train.mtp_loss > 0 else 0
     return {
         "num_layers": arch.layers,
         "hidden_size": arch.hidden,
@@ -51,14 +50,14 @@ def _common(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "perform_initialization": False,
-        "mtp_num_layers": trained_mtp or None,
+        "mtp_num_layers": arch.mtp_layers or None,
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.tp > 1,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "pipeline_model_parallel_size": layout.pp,
-        "pipeline_model_parallel_layout": layout.pipeline_string(arch.layers, trained_mtp) if layout.pp > 1 else None,
+        "pipeline_model_parallel_layout": layout.pipeline_string(arch.layers, arch.mtp_layers) if layout.pp > 1 else None,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         # Micro-batches are as long as their content, so pipeline stages tell each other the shape first.
         "variable_seq_lengths": layout.pp > 1,

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -113,8 +113,8 @@ def _mtp_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | Non
     return block
 
 
-def mtp_prefix() -> str:
-    """Name of the transformer layer inside an MTP layer, which megatron-core 0.19 renamed."""
+def mtp_layer_name() -> Literal["transformer_layer", "mtp_model_layer"]:
+    """Attribute of an MTP layer that holds its transformer layer; megatron-core 0.19 renamed it."""
     fields = inspect.signature(MultiTokenPredictionLayer.__init__).parameters
     return "mtp_model_layer" if "mtp_layer_pattern" in fields else "transformer_layer"
 

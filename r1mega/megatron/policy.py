@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from r1mega.config.layout import Layout
 from r1mega.config.schema import Optimizer, Train
-from r1mega.data.packing import PackedBatch, context_parallel_index
+from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
 from r1mega.errors import UserError
 from r1mega.megatron import architecture, head, model, topology
+from r1mega.megatron.exchange import Exchange
 from r1mega.weights.architecture import Architecture
 
 
@@ -79,7 +80,7 @@ class Policy:
     """One model under one layout, with its optimizer when it is trained."""
 
     def __init__(self, arch: Architecture, layout: Layout, train: Train, optimizer: Optimizer | None, seed: int = 1) -> None:
-        """Connect the layout's process groups and build this rank's shards, uninitialised: `load` or `initialize` them next.
+        """Connect the layout's process groups and build this rank's shards, uninitialised: fill them through `exchange` next, before the first step.
 
         Raises:
             UserError: the layout does not fit the model or the world, or would train wrongly.
@@ -87,12 +88,22 @@ class Policy:
         topology.check(arch, layout, dist.get_world_size())
         if train.mtp_loss > 0 and not arch.mtp_layers:
             raise UserError(f"train.mtp_loss={train.mtp_loss} needs a model with num_nextn_predict_layers=1")
+        if train.mtp_loss == 0:
+            # An untrained MTP layer is not built: its weights pass from checkpoint to checkpoint untouched.
+            arch = replace(arch, mtp_layers=0)
+            layout = layout.model_copy(update={"pipeline": layout.pipeline and layout.pipeline.replace("m", "")})
         topology.connect(layout)
         model_parallel_cuda_manual_seed(seed)
         self.arch, self.layout, self.train = arch, layout, train
         self.config = architecture.transformer_config(arch, layout, train)
         self.chunks = model.build(arch, layout, self.config)
         self.weights = model.named_weights(self.chunks)
+        self.exchange = Exchange(arch, layout, self.weights)
+        for local in self.exchange.placed:
+            # Megatron-Core sets this mark only when it initialises weights itself; the gradient norm counts a parameter without it
+            # on the first tensor-parallel rank alone.
+            if "tp" not in local.replicated and not local.is_buffer:
+                self.weights[local.chunk, local.name].tensor_model_parallel = True  # type: ignore[attr-defined]
         self.optimizer_settings = optimizer
         self._wrapped: list[Any] = list(self.chunks)
         self._optimizer: Any = None
@@ -124,8 +135,27 @@ class Policy:
         """Whether this rank computes losses."""
         return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
-    def localize(self, batch: PackedBatch) -> LocalBatch:
-        """This rank's share of a micro-batch, on the device."""
+    def microbatches(self, sequences: Sequence[TokenSequence]) -> list[LocalBatch]:
+        """Pack the sequences of one update, the same list on every rank, and keep this rank's share.
+
+        Every data-parallel rank gets as many micro-batches. Raises UserError for a sequence longer than `train.chunk_tokens`.
+        """
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        chunks = plan_chunks(lengths, self.train.chunk_tokens, self.dp_size, self.pad_to, self._flops)[self.dp_rank]
+        if self.layout.vpp > 1:
+            # The interleaved schedule runs micro-batches in rounds of pp.
+            chunks = chunks + [[]] * (-len(chunks) % self.layout.pp)
+        return [self._share(pack(sequences, chunk, self.pad_to, self.align)) for chunk in chunks]
+
+    def _flops(self, length: int) -> float:
+        """Forward FLOPs of one sequence: 2 per active weight and token, and the causal half of the attention core."""
+        arch = self.arch
+        head_dims = 2 * arch.head_dim if arch.mla is None else arch.mla.qk_nope_head_dim + arch.mla.qk_rope_head_dim + arch.mla.v_head_dim
+        mlp = arch.intermediate_size if arch.moe is None else arch.moe.intermediate_size * (arch.moe.top_k + arch.moe.shared_experts)
+        linear = 2 * arch.layers * arch.hidden * (3 * mlp + 2 * arch.heads * head_dims)
+        return length * (linear + arch.layers * arch.heads * head_dims * length)
+
+    def _share(self, batch: PackedBatch) -> LocalBatch:
         device = self._device
         cp, rank = self.layout.cp, parallel_state.get_context_parallel_rank()
         held = slice(None) if cp == 1 else context_parallel_index(batch.cu_seqlens, cp, rank)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch._dynamo.config
 
 from r1mega.megatron.platform import standins
 
@@ -13,6 +14,8 @@ SPELLING = "local"
 def prepare(threads: int) -> None:
     """Thread count and stand-ins; call before anything of Megatron-Core is built."""
     torch.set_num_threads(threads)
+    # Megatron-Core compiles small fusions: 25 s on a CPU for nothing, and inductor then asks for the stand-in device.
+    torch._dynamo.config.disable = True
     standins.install()
 
 

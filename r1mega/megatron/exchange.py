@@ -1,0 +1,74 @@
+"""Canonical tensors into this rank's shards and back, for whatever layout is connected."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1mega.config.layout import Layout
+from r1mega.megatron import model, platform
+from r1mega.weights.architecture import Architecture
+from r1mega.weights.boxes import Box
+from r1mega.weights.canonical import canonical
+from r1mega.weights.moving import assemble, gather_local, load_local
+from r1mega.weights.placement import LocalParam, Spelling, placement
+from r1mega.weights.plan import ExportPlan, export_plan
+
+Read = Callable[[str, Box], Tensor]
+"""A region of a canonical tensor, by the tensor's Hugging Face name."""
+
+
+class Exchange:
+    """The weights of one rank and their place in the canonical coordinates."""
+
+    def __init__(self, arch: Architecture, layout: Layout, weights: Mapping[tuple[int, str], Tensor]) -> None:
+        self._arch, self._layout, self._weights = arch, layout, weights
+        self._spelling = Spelling(spec=platform.active().SPELLING, mtp_layer=model.mtp_layer_name())
+        self._world, self._rank = dist.get_world_size(), dist.get_rank()
+
+    @cached_property
+    def placed(self) -> list[LocalParam]:
+        """Where each of this rank's parameters stands."""
+        return placement(self._arch, self._layout, self._world, self._rank, self._spelling)
+
+    @cached_property
+    def _plan(self) -> ExportPlan:
+        return export_plan(self._arch, self._layout, self._world, self._spelling)
+
+    def load(self, read: Read) -> None:
+        """Fill this rank's shards. Every rank reads only what it holds."""
+        load_local(self._weights, self.placed, read)
+
+    def initialize(self, std: float, seed: int) -> None:
+        """Draw fresh weights: norms 1, biases 0, everything else normal with the given standard deviation.
+
+        Each tensor has a generator of its own, seeded by its canonical name, so a model starts the same under every layout.
+        """
+        shapes = {tensor.name: tensor.shape for tensor in canonical(self._arch)}
+
+        @lru_cache(maxsize=4)
+        def draw(name: str) -> Tensor:
+            if name.endswith("norm.weight"):
+                return torch.ones(shapes[name])
+            if name.endswith("bias"):
+                return torch.zeros(shapes[name])
+            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+            return torch.randn(shapes[name], generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1)) * std
+
+        self.load(lambda name, box: draw(name)[box.slices])
+
+    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).
+
+        Meant for models that fit one process; every rank must call it. The tensors may share one buffer: use or copy them before
+        the next call.
+        """
+        mine = gather_local(self._weights, self._plan, self._rank, dtype)
+        if self._world == 1:
+            return assemble(mine[None], self._plan, dtype)
+        everyone = torch.empty(self._world * mine.numel(), dtype=torch.uint8, device=mine.device)
+        dist.all_gather_into_tensor(everyone, mine)
+        return assemble(everyone.view(self._world, -1), self._plan, dtype)
