@@ -71,6 +71,8 @@ def equivalent(reference: str, answer: str) -> bool:
     words = _words(reference)
     if words is not None:
         return words == _words(answer)
+    if answer.count("{") != answer.count("}") or answer.count(r"\begin{") != answer.count(r"\end{"):
+        return False  # the parser repairs what is not closed, and would find a number in it
     if _same_value(reference, answer):
         return True
     numbers = _NUMBER.findall(answer) if _is_sentence(answer) else []
@@ -128,8 +130,6 @@ def _same_value(reference: str, answer: str) -> bool:
     expected = _parse(reference)
     if all(isinstance(reading, str) for reading in expected):
         raise ValueError(f"the reference answer {reference[:80]!r} is neither words nor a formula that math-verify reads")
-    if answer.count("{") != answer.count("}") or answer.count(r"\begin{") != answer.count(r"\end{"):
-        return False  # the parser repairs what is not closed, and would find a number in it
     return bool(verify(list(expected), list(_parse(answer)), timeout_seconds=None, raise_on_error=True))
 
 
