@@ -19,14 +19,18 @@ V3 = Architecture.from_hf(V3_CONFIG)
 TE = Spelling("te", "mtp_model_layer")
 
 
-def tiny(**changes):
+def tiny_config(**changes):
     """A DeepSeek-V3 whose every size differs from the others, so that a swapped axis shows."""
     sizes = dict(
         vocab_size=61, hidden_size=24, num_hidden_layers=5, intermediate_size=40, num_attention_heads=4, num_key_value_heads=4,
         q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=5, n_routed_experts=8, n_group=4,
         topk_group=2, num_experts_per_tok=4, moe_intermediate_size=16, first_k_dense_replace=2, num_nextn_predict_layers=1,
     )  # fmt: skip
-    return Architecture.from_hf({**V3_CONFIG, **sizes, **changes})
+    return {**V3_CONFIG, **sizes, **changes}
+
+
+def tiny(**changes):
+    return Architecture.from_hf(tiny_config(**changes))
 
 
 LAYOUTS = [

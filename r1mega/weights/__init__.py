@@ -12,9 +12,10 @@ are derived from those boxes; nothing keeps a second description.
 - `plan.transfer_plan(holders, holders)`: who sends what to whom to get from one layout to another.
 - `moving`: the torch side of both, and loading a rank's parameters from files.
 - `safetensors_io`: read a Hugging Face folder by box, write one atomically. `fp8`: DeepSeek's block quantisation.
+- `audit.figures(config)`, `audit.inspect(folder)`: what a checkpoint must hold, and what is wrong with one.
 - `families/`: one module per family, each with `architecture(config)` and `table(arch)`. A new family is one such module.
 
 A mapping is a box and one operation of a closed list. Identity: a piece. Stack: several pieces of one parameter (gate and up;
 q, k and v). Derive: a tensor with `copy_of`, rebuilt on writing and never moved. Quantise: `fp8`, on reading and writing files.
-Only `moving`, `fp8` and `safetensors_io` need torch; nothing here needs Megatron.
+Only `moving`, `fp8`, `safetensors_io` and `audit` need torch; nothing here needs Megatron.
 """

@@ -1,0 +1,143 @@
+"""What a checkpoint must hold, from its config.json alone, and what a folder really holds."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega.errors import UserError
+from r1mega.weights.architecture import Architecture
+from r1mega.weights.boxes import Box
+from r1mega.weights.canonical import canonical
+from r1mega.weights.safetensors_io import SCALE, Reader, specs_of
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STRIP_VALUES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Counts of a checkpoint. `tensors` and `values` are those of the dequantised model, copies included."""
+
+    stored_tensors: int
+    tensors: int
+    values: int
+    stored_bytes: int
+
+
+@dataclass
+class Findings:
+    """What is wrong with a folder, by tensor name. Empty lists mean that the folder is what its config.json says."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    non_finite: list[str] = field(default_factory=list)
+    identical: list[tuple[str, ...]] = field(default_factory=list)
+    """Groups of matrices with equal values that are not copies of each other."""
+    copies_that_differ: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """One line per problem."""
+        groups = [" = ".join(names) for names in self.identical]
+        named = {
+            "missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.misshaped, "not finite": self.non_finite,
+            "identical": groups, "differs from the tensor it copies": self.copies_that_differ,
+        }  # fmt: skip
+        return [f"{what}: {name}" for what, names in named.items() for name in names]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder; UserError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config
+
+
+def figures(config: Mapping[str, Any]) -> Figures:
+    """What the checkpoint of a config.json must hold, in the dtype and quantisation that it names."""
+    tensors = canonical(Architecture.from_hf(config))
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in _DTYPES:
+        raise UserError(f"config.json: torch_dtype is {name!r}, expected {', '.join(_DTYPES)}")
+    specs = specs_of(tensors, _DTYPES[name], is_block_fp8(config))
+    return Figures(
+        stored_tensors=len(specs),
+        tensors=len(tensors),
+        values=sum(prod(tensor.shape) for tensor in tensors),
+        stored_bytes=sum(spec.nbytes for spec in specs),
+    )
+
+
+def is_block_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names DeepSeek's 128 x 128 block FP8; UserError for any other quantisation."""
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return False
+    if not isinstance(quantisation, Mapping) or quantisation.get("quant_method") != "fp8":
+        raise UserError("config.json: quantization_config is supported with quant_method fp8 only")
+    if list(quantisation.get("weight_block_size") or ()) != [128, 128]:
+        raise UserError(f"config.json: weight_block_size is {quantisation.get('weight_block_size')}, only [128, 128] is supported")
+    return True
+
+
+def inspect(folder: Path) -> Findings:
+    """Compare a folder with its config.json and read every value once, a strip of rows at a time.
+
+    UserError when the files themselves are damaged.
+    """
+    expected = {tensor.name: tensor for tensor in canonical(Architecture.from_hf(read_config(folder)))}
+    found = Findings()
+    digests: dict[str, str] = {}
+    with Reader(folder) as reader:
+        present = {name: stored for name, stored in reader.stored.items() if not name.endswith(SCALE)}
+        found.missing = sorted(name for name, tensor in expected.items() if name not in present and tensor.copy_of is None)
+        found.unexpected = sorted(present.keys() - expected.keys())
+        for name, tensor in expected.items():
+            if name not in present:
+                continue
+            shape = present[name].shape
+            if shape != tensor.shape:
+                found.misshaped.append(f"{name} {list(shape)}, config.json says {list(tensor.shape)}")
+                continue
+            digests[name], finite = _digest(reader, name, shape)
+            if not finite:
+                found.non_finite.append(name)
+    by_digest: dict[str, list[str]] = defaultdict(list)
+    for name, digest in digests.items():
+        source = expected[name].copy_of
+        if source is None and len(expected[name].shape) > 1:
+            by_digest[digest].append(name)
+        elif source is not None and digests.get(source, digest) != digest:
+            found.copies_that_differ.append(name)
+    found.identical = [tuple(names) for names in by_digest.values() if len(names) > 1]
+    return found
+
+
+def _digest(reader: Reader, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
+    """(digest of the values in float32, whether all are finite)."""
+    digest, finite = hashlib.blake2b(repr(shape).encode(), digest_size=16), True
+    for box in _strips(shape):
+        values = reader.read(name, box).float()
+        finite = finite and bool(values.isfinite().all())
+        digest.update(values.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest(), finite
+
+
+def _strips(shape: tuple[int, ...]) -> Iterator[Box]:
+    rows = max(1, _STRIP_VALUES // max(1, prod(shape[1:])))
+    for first in range(0, shape[0], rows):
+        yield Box((first, *(0,) * (len(shape) - 1)), (min(first + rows, shape[0]), *shape[1:]))
