@@ -50,11 +50,14 @@ class LocalBatch:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What an objective says about one micro-batch. `loss` [tokens] is weighted by the batch's loss weights and summed;
-    `sums` are scalars that are added up over micro-batches and ranks, for the metrics."""
+    """What an objective says about one micro-batch. `loss` [tokens] is weighted by the batch's loss weights and summed.
+
+    For the metrics, the scalars of `sums` are added up over micro-batches and ranks and of those of `peaks` the largest is kept.
+    """
 
     loss: Tensor
     sums: Mapping[str, Tensor] = field(default_factory=dict)
+    peaks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -70,6 +73,7 @@ class StepResult:
     loss: float
     grad_norm: float
     sums: dict[str, float]
+    peaks: dict[str, float]
 
 
 class NotFinite(Exception):
@@ -206,36 +210,39 @@ class Policy:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
+        peaks: dict[str, Tensor] = {}
         # Auxiliary losses come summed over tokens; the main loss, already normalised, is scaled up so that one divisor serves both.
         tokens = self._total(sum(batch.tokens.shape[0] for batch in batches))
         self.config.grad_scale_func = lambda loss: loss / tokens
 
         def lose(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
             loss, parts = self._loss(hidden, batch, objective, temperature)
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value.detach()
+            for name, value in parts.sums.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            for name, value in parts.peaks.items():
+                peaks[name] = torch.maximum(peaks[name], value.detach()) if name in peaks else value.detach()
             return loss * tokens, {}
 
         self._run(batches, lose, forward_only=False)
-        totals = self._add_up(sums)
+        totals, highest = self._over_ranks(sums, dist.ReduceOp.SUM), self._over_ranks(peaks, dist.ReduceOp.MAX)
         loss = totals.pop("loss")
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss}")
         grad_norm = self._apply(optimizer, lr)
-        return StepResult(loss, grad_norm, totals)
+        return StepResult(loss, grad_norm, totals, highest)
 
-    def _loss(self, hidden: Tensor, batch: LocalBatch, objective: Objective, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, hidden: Tensor, batch: LocalBatch, objective: Objective, temperature: float) -> tuple[Tensor, TokenLoss]:
         logprobs, entropies = self._head(self._trunk(hidden), batch.labels, batch.mask, temperature)
         token_loss = objective(logprobs, entropies, batch)
         loss = (batch.loss_weights * token_loss.loss).sum()
-        parts = {"loss": loss, **token_loss.sums}
+        sums = {"loss": loss, **token_loss.sums}
         if self.config.mtp_num_layers:
             wanted = batch.mtp_weights != 0
             mtp_logprobs, _ = self._head(hidden[hidden.shape[0] // 2 :], batch.mtp_labels, wanted, 1.0)
             mtp = -(batch.mtp_weights * mtp_logprobs).sum()
-            parts["mtp_loss"] = mtp
+            sums["mtp_loss"] = mtp
             loss = loss + self.train.mtp_loss * mtp
-        return loss, parts
+        return loss, replace(token_loss, sums=sums)
 
     def _trunk(self, hidden: Tensor) -> Tensor:
         return hidden.chunk(2)[0] if self.config.mtp_num_layers else hidden
@@ -372,16 +379,17 @@ class Policy:
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.item()
 
-    def _add_up(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Sums over micro-batches of the last stage's ranks, added over data and context parallelism and known to every rank.
+    def _over_ranks(self, scalars: Mapping[str, Tensor], op: Any) -> dict[str, float]:
+        """Scalars of the last stage's micro-batches, reduced over data and context parallelism and known to every rank.
 
-        Tensor-parallel ranks hold the same sums, so only the first of them counts.
+        Tensor-parallel ranks hold the same scalars, so only the first of them counts.
         """
-        names: list[Any] = [sorted(sums) if self.is_last_stage else None]
+        names: list[Any] = [sorted(scalars) if self.is_last_stage else None]
         dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
         counts = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
-        flat = torch.tensor([float(sums[name]) if counts else 0.0 for name in names[0]], dtype=torch.float64, device=self._device)
-        dist.all_reduce(flat)
+        neutral = 0.0 if op == dist.ReduceOp.SUM else -math.inf
+        flat = torch.tensor([float(scalars[name]) if counts else neutral for name in names[0]], dtype=torch.float64, device=self._device)
+        dist.all_reduce(flat, op=op)
         return dict(zip(names[0], flat.tolist(), strict=True))
 
 

@@ -1,0 +1,1 @@
+"""Generation: the engine protocol, the engines, and asking many prompts many times over all ranks."""

@@ -94,6 +94,12 @@ class Reader:
         touched = Box(tuple(a // fp8.BLOCK for a in box.start), fp8.scale_shape(box.stop))
         return fp8.dequantise(values, self._slice(scale, touched), (box.start[0], box.start[1]))
 
+    def tensors(self, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+        """Every canonical tensor of a model, whole, one after the other; copies are left out."""
+        for tensor in canonical.canonical(arch):
+            if tensor.copy_of is None:
+                yield tensor.name, self.read(tensor.name, Box.whole(tensor.shape))
+
     def check(self, tensors: Iterable[canonical.Tensor]) -> None:
         """UserError for the first of these tensors that is missing or has another shape. Copies need not be there."""
         for tensor in tensors:

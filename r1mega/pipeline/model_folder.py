@@ -1,0 +1,83 @@
+"""A Hugging Face model folder: what a stage starts from and what it leaves behind."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from r1mega.errors import UserError
+from r1mega.weights import safetensors_io
+from r1mega.weights.architecture import Architecture
+from r1mega.weights.boxes import Box
+from r1mega.weights.canonical import canonical
+from r1mega.weights.safetensors_io import Reader
+
+_SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class ModelFolder:
+    """Configuration, tokenizer and weights of one model.
+
+    Raises:
+        UserError: config.json, the tokenizer or a weight is missing or does not fit the others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no config.json; expected a Hugging Face model folder") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path / 'config.json'}: not valid JSON ({error})") from None
+        self.arch = Architecture.from_hf(self.config)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer; it must not know more tokens than the embedding has rows."""
+        if not (self.path / "tokenizer.json").is_file() and not (self.path / "tokenizer_config.json").is_file():
+            raise UserError(f"{self.path}: no tokenizer.json; copy the tokenizer's files beside config.json")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        if len(tokenizer) > self.arch.vocab:
+            raise UserError(f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the embedding only {self.arch.vocab} rows (vocab_size)")
+        return tokenizer
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: the tokenizer's EOS and those of config.json."""
+        listed = self.config.get("eos_token_id")
+        found = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+        return tuple(sorted(token for token in found if token is not None))
+
+    def open(self) -> Reader:
+        """The weights, after a check that all are there in the shapes that config.json implies."""
+        reader = Reader(self.path)
+        reader.check(canonical(self.arch))
+        return reader
+
+    def write(self, target: Path, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """A copy of this folder with new weights. Tensors that `values` lacks (an untrained MTP layer) are taken over from here.
+
+        Args:
+            target: an existing empty folder.
+            values: canonical tensors by name.
+            dtype: dtype of the files; what checkpoints keep in float32 stays so.
+        """
+        for name in _SIDE_FILES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, target / name)
+        config = {key: value for key, value in self.config.items() if key not in ("quantization_config", "torch_dtype")}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        wanted = [tensor for tensor in canonical(self.arch) if tensor.copy_of is None]
+        untouched = [tensor for tensor in wanted if tensor.name not in values]
+        if untouched:
+            with self.open() as reader:
+                values = {**values, **{tensor.name: reader.read(tensor.name, Box.whole(tensor.shape)) for tensor in untouched}}
+        safetensors_io.save(target, self.arch, values, dtype)

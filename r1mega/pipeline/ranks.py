@@ -1,0 +1,34 @@
+"""Small Python objects between the ranks of a run. Tensors travel by their own collectives."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def shared(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank. An exception of rank 0 is its own; the launcher then ends the others."""
+    box: list[T | None] = [make() if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def dealt(items: Sequence[T]) -> list[T]:
+    """This rank's items of a list that every rank has: every world_size-th."""
+    return list(items[dist.get_rank() :: dist.get_world_size()])
+
+
+def collected(mine: Sequence[T]) -> list[T]:
+    """The list of which every rank holds its `dealt` items, on every rank."""
+    world = dist.get_world_size()
+    if world == 1:
+        return list(mine)
+    parts: list[list[T]] = [[] for _ in range(world)]
+    dist.all_gather_object(parts, list(mine))
+    whole: list[T] = []
+    for index in range(max(map(len, parts))):
+        whole += [part[index] for part in parts if index < len(part)]
+    return whole

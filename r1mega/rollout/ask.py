@@ -1,0 +1,58 @@
+"""Ask every question several times, spread over the ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from r1mega.data.prompts import Prompt
+from r1mega.pipeline import ranks
+from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the token ids it is asked with."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sample and its text, special tokens left out."""
+
+    sample: Sample
+    text: str
+
+
+def ask(
+    engine: Engine,
+    questions: Sequence[Question],
+    k: int,
+    sampling: SamplingParams,
+    max_new_tokens: int,
+    seed: str,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> list[list[Response]]:
+    """k responses to every question, in order, the same on every rank. Every rank calls it with the same arguments.
+
+    Responses depend on `seed`, the question's id and the number of the sample alone, not on the ranks or on what else is asked.
+    """
+    requests = [
+        Request(question.ids, _seed(f"{seed}/{question.prompt.id}/{index}"), max_new_tokens)
+        for question in ranks.dealt(questions)
+        for index in range(k)
+    ]
+    samples = engine.generate(requests, sampling)
+    groups = ranks.collected([samples[start : start + k] for start in range(0, len(samples), k)])
+    texts = tokenizer.batch_decode([list(sample.response_ids) for group in groups for sample in group], skip_special_tokens=True)
+    each = iter(texts)
+    return [[Response(sample, next(each)) for sample in group] for group in groups]
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1

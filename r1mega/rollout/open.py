@@ -1,0 +1,18 @@
+"""Which engine a recipe asks for."""
+
+from pathlib import Path
+
+from r1mega.config.schema import Rollout
+from r1mega.errors import UserError
+from r1mega.rollout.engine import Engine
+
+
+def open_engine(settings: Rollout, model_dir: Path) -> Engine:
+    """An engine for the model that `model_dir` describes, without weights yet."""
+    if settings.engine == "sglang":
+        raise UserError("rollout.engine=sglang is not available yet; use rollout.engine=local")
+    import torch
+
+    from r1mega.rollout.local import LocalEngine
+
+    return LocalEngine(model_dir, dtype=getattr(torch, settings.dtype), max_batch=settings.batch)

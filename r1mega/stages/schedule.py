@@ -1,0 +1,16 @@
+"""Learning rates over the updates of a stage."""
+
+import math
+
+from r1mega.config.schema import Optimizer
+
+
+def learning_rate(settings: Optimizer, update: int, updates: int) -> float:
+    """The rate of an update (counted from 0) among `updates`: linear warm-up, then the decay down to `min_lr`."""
+    if update < settings.warmup:
+        return settings.lr * (update + 1) / settings.warmup
+    if settings.decay == "constant" or settings.min_lr is None:
+        return settings.lr
+    done = (update - settings.warmup) / max(1, updates - settings.warmup)
+    falling = 1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return settings.min_lr + (settings.lr - settings.min_lr) * falling
