@@ -1,6 +1,8 @@
 """The canonical list and the placement, against the released DeepSeek-V3 and against each other."""
 
 import json
+import subprocess
+import sys
 import time
 from math import prod
 from pathlib import Path
@@ -14,7 +16,8 @@ from r1mega.weights.architecture import Architecture
 from r1mega.weights.canonical import canonical
 from r1mega.weights.placement import Spelling, placement
 
-V3_CONFIG = json.loads((Path(__file__).parent.parent / "configs/deepseek_v3/config.json").read_text())
+ROOT = Path(__file__).parent.parent
+V3_CONFIG = json.loads((ROOT / "configs/deepseek_v3/config.json").read_text())
 V3 = Architecture.from_hf(V3_CONFIG)
 TE = Spelling("te", "mtp_model_layer")
 
@@ -129,3 +132,9 @@ def test_layouts_that_do_not_fit(layout, message):
         return
     with pytest.raises(UserError, match=message):
         placement(tiny(), layout, 30, 0, Spelling())
+
+
+def test_tables_and_plans_need_no_torch():
+    program = "import sys, r1mega.weights.plan; print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
