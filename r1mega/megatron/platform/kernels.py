@@ -1,6 +1,8 @@
 """Layer kernels for the CPU where Megatron-Core's local spec refuses or miscomputes what V3 needs."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 
 
@@ -259,6 +262,73 @@ def _with_places(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.where(flat >= 0, flat, -1 - flat)), torch.from_numpy(places)
 
 
+class GroupedExperts(SequentialMLP):
+    """Megatron-Core's sequential experts with the same parameters and fewer passes over memory.
+
+    Only the matrix products go expert by expert, straight into their rows of one buffer; SwiGLU and the routing probabilities are
+    applied to all experts' tokens at once, and nothing is split or concatenated.
+    """
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Outputs [tokens, hidden] of tokens sorted by expert, each scaled by its probability [tokens]."""
+        weights = [expert.linear_fc1.weight for expert in self.local_experts] + [expert.linear_fc2.weight for expert in self.local_experts]
+        counts = tuple(tokens_per_expert.tolist())
+        return _Experts.apply(permuted_local_hidden_states, permuted_probs, counts, *weights), None
+
+
+class _Experts(torch.autograd.Function):
+    """SwiGLU experts: y = p (silu(x G^T) * (x U^T)) D^T, with [G; U] stacked in fc1 and D in fc2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probs: Tensor, counts: tuple[int, ...], *weights: Tensor) -> Tensor:
+        fc1, fc2 = weights[: len(counts)], weights[len(counts) :]
+        hidden = x.new_empty(x.shape[0], fc1[0].shape[0])
+        for rows, weight in zip(_rows(counts), fc1, strict=True):
+            torch.mm(x[rows], weight.t(), out=hidden[rows])
+        gate, up = hidden.chunk(2, dim=-1)
+        active = nn.functional.silu(gate).mul_(up).mul_(probs[:, None].to(x.dtype))
+        y = torch.empty_like(x)
+        for rows, weight in zip(_rows(counts), fc2, strict=True):
+            torch.mm(active[rows], weight.t(), out=y[rows])
+        ctx.save_for_backward(x, probs, hidden, *weights)
+        ctx.counts = counts
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, probs, hidden, *weights = ctx.saved_tensors
+        counts = ctx.counts
+        fc1, fc2 = weights[: len(counts)], weights[len(counts) :]
+        gate, up = hidden.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        plain = silu * up
+        scale = probs[:, None].to(x.dtype)
+        grad_active = torch.empty_like(plain)
+        for rows, weight in zip(_rows(counts), fc2, strict=True):
+            torch.mm(grad[rows], weight, out=grad_active[rows])
+        grad_fc2 = [grad[rows].t() @ active for rows, active in zip(_rows(counts), (plain * scale).split(counts), strict=True)]
+        grad_probs = torch.linalg.vecdot(grad_active, plain).to(probs.dtype)
+        grad_active.mul_(scale)
+        grad_hidden = torch.empty_like(hidden)
+        grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
+        torch.mul(grad_active, silu, out=grad_up)
+        # d silu(g) = sigmoid(g) (1 + g (1 - sigmoid(g))) = sigmoid(g) + silu(g) (1 - sigmoid(g))
+        torch.mul(grad_active.mul_(up), torch.addcmul(sigmoid, silu, 1 - sigmoid), out=grad_gate)
+        grad_x = torch.empty_like(x)
+        for rows, weight in zip(_rows(counts), fc1, strict=True):
+            torch.mm(grad_hidden[rows], weight, out=grad_x[rows])
+        grad_fc1 = [grad_hidden[rows].t() @ x[rows] for rows in _rows(counts)]
+        return grad_x, grad_probs, None, *grad_fc1, *grad_fc2
+
+
+def _rows(counts: tuple[int, ...]) -> list[slice]:
+    ends = list(accumulate(counts, initial=0))
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
 class CpuKernels(LocalSpecProvider):
     """Megatron-Core's local layer parts with the replacements above."""
 
@@ -267,3 +337,9 @@ class CpuKernels(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return PackedAttention
+
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().grouped_mlp_modules(*args, **kwargs)
+        if isinstance(found, partial):  # 0.19 hands out builders, 0.16 a class and its submodules
+            return partial(GroupedExperts, *found.args, **found.keywords)
+        return GroupedExperts, found[1]
