@@ -102,6 +102,13 @@ def test_only_the_answer_outside_the_thought_counts() -> None:
     assert accuracy(prompt, r"<think> \boxed{0.5}") == 0.0
 
 
+def test_deep_answers_are_wrong_without_being_parsed() -> None:
+    for left, right in (("(", ")"), (r"\sqrt{", "}"), ("[", "")):
+        assert not equivalent("5", left * 90 + "5" + right * 90)
+    assert equivalent("5", r"\left(\frac{\sqrt{(2+3)^2}}{1}\right)")
+    assert equivalent(f"{'(' * 20}5{')' * 20}", f"{'(' * 20}5{')' * 20}")
+
+
 def test_long_answers_are_wrong_without_being_parsed() -> None:
     assert not equivalent("5", "5" + " + 0" * 400_000)
     assert not equivalent("5", "9" * 1_000_000)

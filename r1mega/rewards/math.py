@@ -8,6 +8,7 @@ import logging
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -20,6 +21,9 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _LONGEST_ANSWER = 1_000
 """Characters. A longer answer is wrong unless it repeats the reference; no formula that a reference states is as long."""
+
+_DEEPEST_ANSWER = 12
+"""Brackets inside one another. The parser's time grows fast with them, and a policy that falls into a loop writes hundreds."""
 
 _CHARACTERS = {
     **{"−": "-", "–": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi "},
@@ -63,7 +67,7 @@ def equivalent(reference: str, answer: str) -> bool:
     reference, answer = reference.strip(), answer.strip()
     if reference == answer:
         return True
-    if len(answer) > max(_LONGEST_ANSWER, 2 * len(reference)):
+    if len(answer) > max(_LONGEST_ANSWER, 2 * len(reference)) or _depth(answer) > max(_DEEPEST_ANSWER, _depth(reference)):
         return False
     reference, answer = _plain(boxed_answer(reference) or reference), _plain(answer)
     if reference == answer:
@@ -77,6 +81,10 @@ def equivalent(reference: str, answer: str) -> bool:
         return True
     numbers = _NUMBER.findall(answer) if _is_sentence(answer) else []
     return len(numbers) == 1 and _same_value(reference, numbers[0])
+
+
+def _depth(text: str) -> int:
+    return max(accumulate((character in "([{") - (character in ")]}") for character in text), default=0)
 
 
 def _plain(text: str) -> str:
