@@ -97,7 +97,6 @@ def test_a_run_with_two_ranks_and_the_same_command_again(recipe: Path) -> None:
     assert "a library prints" not in out and "a library prints" in (run / "logs" / "rank0.log").read_text()
     assert list(RunDirectory.open(run).finished()) == ["zero", "check"] and status(run) == "finished"
     assert [row["update"] for row in read_metrics(run / "stages" / "01-zero" / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert (run / "stages" / "01-zero" / "curves.png").stat().st_size > 10_000
     before = (run / "stages" / "01-zero" / "provenance.json").stat().st_mtime_ns
     code, out, err = finish(start(recipe))
     assert (code, err) == (0, "") and "all stages are finished" in out

@@ -17,7 +17,6 @@ from r1mega.pipeline import files
 from r1mega.pipeline.preflight import check_inputs
 from r1mega.pipeline.rundir import RunDirectory, claimed
 from r1mega.pipeline.worker import die_with_parent
-from r1mega.report import plot
 
 _GRACE_S = 20.0
 _WORKER = "r1mega.pipeline.worker"
@@ -52,9 +51,6 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         code = _Ranks(directory, recipe_path.parent.absolute(), lock, worker).wait()
         stopped = code > 128
         directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
-        for name, stage in recipe.stages.items():
-            if stage.kind == "grpo":
-                plot.draw(directory.stage_dirs[name], f"{recipe.name}: {name}")
         if code == 0:
             print(f"finished in {time.monotonic() - begin:.1f} s: {path}")
         elif stopped:
