@@ -1,6 +1,7 @@
 """Canonical tensors into this rank's shards and back, for whatever layout is connected."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 
@@ -45,6 +46,7 @@ class Exchange:
     def initialize(self, std: float, seed: int) -> None:
         """Draw fresh weights: norms 1, biases 0, everything else normal with the given standard deviation.
 
+        Projections back into the residual stream get std / sqrt(2 layers), Megatron-Core's own default (and GPT-2's).
         Each tensor has a generator of its own, seeded by its canonical name, so a model starts the same under every layout.
         """
         shapes = {tensor.name: tensor.shape for tensor in canonical(self._arch)}
@@ -56,7 +58,8 @@ class Exchange:
             if name.endswith("bias"):
                 return torch.zeros(shapes[name])
             digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            return torch.randn(shapes[name], generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1)) * std
+            scale = std / math.sqrt(2 * self._arch.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            return torch.randn(shapes[name], generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1)) * scale
 
         self.load(lambda name, box: draw(name)[box.slices])
 

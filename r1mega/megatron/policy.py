@@ -205,7 +205,7 @@ class Policy:
         Raises:
             NotFinite: loss or gradient norm is not finite; parameters and optimizer are as they were.
         """
-        optimizer = self._trained()
+        optimizer = self.optimizer
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -295,8 +295,9 @@ class Policy:
 
     # ------------------------------------------------------------ optimizer
 
-    def _trained(self) -> Any:
-        """The optimizer, made on first use: it copies the weights, so they must be loaded before."""
+    @property
+    def optimizer(self) -> Any:
+        """Megatron-Core's optimizer, made on first use: it copies the weights, so they must be loaded before."""
         if self._optimizer is None:
             settings = self.optimizer_settings
             if settings is None:

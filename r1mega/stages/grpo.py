@@ -21,6 +21,7 @@ from r1mega.data.packing import TokenSequence
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode
 from r1mega.errors import UserError
+from r1mega.megatron import checkpoint
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, TokenLoss
 from r1mega.objectives.grpo import group_advantages, policy_loss, token_weights, uniform_groups
 from r1mega.pipeline import ranks
@@ -232,10 +233,16 @@ class _Loop:
 
     def save(self, update: int) -> None:
         """Write a checkpoint that `restore` goes on from."""
+        checkpoint.save(self.policy, self.ctx.dir / "checkpoints" / f"update-{update:06d}", {"update": update}, self.reference)
 
     def restore(self) -> int:
-        """Load the newest checkpoint; returns the update to go on with."""
-        return 0
+        """Load the newest checkpoint if there is one; returns the update to go on with."""
+        folder = ranks.shared(lambda: checkpoint.newest(self.ctx.dir / "checkpoints"))
+        if folder is None:
+            return 0
+        update = int(checkpoint.load(self.policy, folder, self.reference)["update"])
+        self.ctx.metrics.resume(update)
+        return update
 
 
 class _Minibatch:

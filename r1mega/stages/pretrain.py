@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from r1mega.config.schema import Corpus, JsonlCorpus, Phase, Pretrain, TinyCorpu
 from r1mega.data import tiny
 from r1mega.data.packing import TokenSequence
 from r1mega.errors import UserError
+from r1mega.megatron import checkpoint
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
+from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout.open import open_engine
@@ -31,14 +33,17 @@ def run(ctx: StageContext) -> dict[str, Any]:
     policy = Policy(model.arch, ctx.layout, stage.train, stage.phases[0].optimizer, ctx.seed)
     policy.exchange.initialize(stage.init_std, ctx.seed)
     total = sum(phase.updates for phase in stage.phases)
-    update = 0
-    for phase in stage.phases:
-        documents = _documents(phase.corpus)
-        for local in range(phase.updates):
+    update = done = _restore(ctx, policy)
+    row: dict[str, float] = {}
+    for phase, start in zip(stage.phases, accumulate((phase.updates for phase in stage.phases), initial=0), strict=False):
+        documents = _documents(phase.corpus, max(0, done - start) * phase.documents_per_update)
+        for local in range(max(0, done - start), phase.updates):
             row = _train(policy, phase, model, documents, local)
             update += 1
             ctx.metrics.write({"update": update} | row)
             ctx.progress.update(update, total, {"loss": row["loss"]})
+            if stage.save_every and update % stage.save_every == 0 and update < total:
+                checkpoint.save(policy, ctx.dir / "checkpoints" / f"update-{update:06d}", {"update": update}, None)
     dtype = getattr(torch, stage.export_dtype)
     weights = policy.exchange.gather(getattr(torch, stage.train.dtype))
     # What is measured is what is shipped: the weights in the dtype of the files.
@@ -49,6 +54,15 @@ def run(ctx: StageContext) -> dict[str, Any]:
         if ctx.rank == 0:
             model.write(folder, weights, dtype)
     return flat(measured) if measured else {"loss": row["loss"]}
+
+
+def _restore(ctx: StageContext, policy: Policy) -> int:
+    folder = ranks.shared(lambda: checkpoint.newest(ctx.dir / "checkpoints"))
+    if folder is None:
+        return 0
+    done = int(checkpoint.load(policy, folder, None)["update"])
+    ctx.metrics.resume(done)
+    return done
 
 
 def _train(policy: Policy, phase: Phase, model: ModelFolder, documents: Iterator[str], update: int) -> dict[str, float]:
@@ -74,13 +88,13 @@ def _sequences(documents: list[str], model: ModelFolder) -> list[TokenSequence]:
     return [TokenSequence(torch.tensor(document), torch.full((len(document),), weight)) for document in ids]
 
 
-def _documents(corpus: Corpus) -> Iterator[str]:
-    """The corpus without end."""
+def _documents(corpus: Corpus, start: int) -> Iterator[str]:
+    """The corpus without end, from a document on."""
     match corpus:
         case TinyCorpus():
-            return tiny.documents(corpus)
+            return tiny.documents(corpus, start)
         case JsonlCorpus():
-            return _jsonl(corpus)
+            return islice(_jsonl(corpus), start, None)
 
 
 def _jsonl(corpus: JsonlCorpus) -> Iterator[str]:
