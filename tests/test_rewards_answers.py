@@ -82,8 +82,9 @@ def test_exact_compares_all_but_white_space() -> None:
 
 
 def test_exact_needs_a_reference() -> None:
-    with pytest.raises(ValueError, match="p has no reference answer"):
-        exact.accuracy(Prompt("p", "q"), "<answer> 1 </answer>")
+    for reference in (None, "", " "):
+        with pytest.raises(ValueError, match="p has no reference answer"):
+            exact.accuracy(Prompt("p", "q", answer=reference), "<answer> </answer>")
 
 
 # ---------------------------------------------------------------- format

@@ -115,12 +115,14 @@ def test_long_answers_are_wrong_without_being_parsed() -> None:
     assert equivalent("9" * 2_000, "9" * 2_000)
 
 
-@pytest.mark.parametrize("reference", ["", r"\foo{", "1 + + }", "???"])
+@pytest.mark.parametrize("reference", [r"\foo{", "1 + + }", "???"])
 def test_an_unreadable_reference_is_not_judged(reference: str) -> None:
     with pytest.raises(ValueError, match="neither words nor a formula"):
         accuracy(Prompt("p", "q", answer=reference), "<answer> 5 </answer>")
 
 
-def test_no_reference_is_not_judged() -> None:
-    with pytest.raises(ValueError, match="p has no reference answer"):
-        accuracy(Prompt("p", "q"), "<answer> 5 </answer>")
+@pytest.mark.parametrize("reference", [None, "", " "])
+def test_no_reference_is_not_judged(reference: str | None) -> None:
+    for response in ("<answer> 5 </answer>", "<answer></answer>"):
+        with pytest.raises(ValueError, match="p has no reference answer"):
+            accuracy(Prompt("p", "q", answer=reference), response)

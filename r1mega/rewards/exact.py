@@ -12,6 +12,6 @@ def answer_of(response: str) -> str | None:
 
 def accuracy(prompt: Prompt, response: str) -> float:
     """1.0 if the response's answer is the reference answer, character by character but for white space, else 0.0."""
-    if prompt.answer is None:
+    if prompt.answer is None or not prompt.answer.strip():
         raise ValueError(f"prompt {prompt.id} has no reference answer")
     return float(answer_of(response) == " ".join(prompt.answer.split()))

@@ -52,7 +52,7 @@ def accuracy(prompt: Prompt, response: str) -> float:
     The answer is that of `rewards.answer.final_answer`. Raises ValueError where the reference cannot be read, which leaves the response
     not judged; an answer that cannot be read is wrong.
     """
-    if prompt.answer is None:
+    if prompt.answer is None or not prompt.answer.strip():
         raise ValueError(f"prompt {prompt.id} has no reference answer")
     answer = final_answer(response)
     return 0.0 if answer is None else float(equivalent(prompt.answer, answer))
