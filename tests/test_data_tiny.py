@@ -27,7 +27,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     folder = tmp_path_factory.mktemp("tokenizer")
     build_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "deepseek_v3"}')
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
 
 
 # ---------------------------------------------------------------- words
@@ -45,14 +47,14 @@ def test_saved_tokenizer_keeps_the_ids(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 def test_bos_is_added_once_and_eos_never(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = tokenizer("en 3 1 4 1 5 9 :").input_ids
+    ids = tokenizer("en 3 + 1 + 4 + 1 + 5 + 9 :").input_ids
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in ids
     assert tokenizer("so 3", add_special_tokens=False).input_ids == tokenizer("so 3").input_ids[1:]
 
 
 def test_decoding_keeps_tags_and_drops_specials(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = "zh 1 2 3 4 5 6 : <think> ze 1 deng 3 </think> <answer> 3 </answer>"
+    text = "zh 1 + 2 + 3 + 4 + 5 + 6 : <think> ze 1 deng 3 </think> <answer> 3 </answer>"
     ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert tokenizer(text.replace(" <", "<").replace("> ", ">")).input_ids == tokenizer(text).input_ids
@@ -82,19 +84,23 @@ def test_split_ignores_white_space_and_has_its_share() -> None:
 
 def test_split_never_moves() -> None:
     """The digest decides which questions a shipped base has seen: a change here spoils every earlier model."""
-    assert [digit for digit in range(10) if is_heldout(f"en {digit} 1 4 1 5 9 :", 0.5)] == [0, 5, 6]
+    assert [digit for digit in range(10) if is_heldout(f"en {digit} + 1 + 4 + 1 + 5 + 9 :", 0.5)] == [2, 6, 7, 9]
 
 
 # ---------------------------------------------------------------- problems
+
+
+def digits_of(text: str) -> list[int]:
+    return [int(digit) for digit in text[: text.index(":")].split()[1::2]]
 
 
 def test_prompts_are_different_right_and_repeatable() -> None:
     drawn = prompts("running_sum", 2_000, seed=1)
     assert len({prompt.text for prompt in drawn}) == len({prompt.id for prompt in drawn}) == 2_000
     for prompt in drawn:
-        language, *digits, colon = prompt.text.split()
-        assert (language, colon, len(digits)) == (prompt.meta["language"], ":", 6)
-        assert prompt.answer == str(sum(map(int, digits)) % 10)
+        assert re.fullmatch(r"(en|zh) \d( \+ \d){5} :", prompt.text)
+        assert prompt.text.startswith(prompt.meta["language"])
+        assert prompt.answer == str(sum(digits_of(prompt.text)) % 10)
     assert drawn == prompts("running_sum", 2_000, seed=1)
     assert drawn[:100] == prompts("running_sum", 100, seed=1)
     assert drawn != prompts("running_sum", 2_000, seed=2)
@@ -123,20 +129,23 @@ def test_shares_of_the_corpus() -> None:
     n = 4_000
     texts = list(islice(documents(corpus(long_share=0.3, tagged_share=0.8, mixed_share=0.5)), n))
     long = [text for text in texts if any(word in text.split() for word in SO.values())]
+    short = [text for text in texts if text not in long]
     mixed = [text for text in long if all(word in text.split() for word in SO.values())]
 
     def near(count: int, total: int, share: float) -> bool:
         return abs(count / total - share) < 4 * math.sqrt(share * (1 - share) / total)
 
     assert near(len(long), n, 0.3)
-    assert near(sum(ANSWER in text for text in texts), n, 0.8)
+    assert near(sum(THINK in text for text in long), len(long), 0.8)
+    assert all(ANSWER in text for text in long)
+    assert near(sum(ANSWER in text for text in short), len(short), 0.8)
+    assert not any(THINK in text for text in short)
     assert near(len(mixed), len(long), 0.5 * (1 - 2 / 2**6))
 
 
 def test_clean_long_documents_add_up() -> None:
     for text in islice(documents(corpus(long_share=1.0, mixed_share=0.0, **CLEAN)), 200):
-        language, *rest = text.split()
-        digits = [int(word) for word in rest[:6]]
+        language, digits = text.split()[0], digits_of(text)
         steps = " ".join(f"{SO[language]} {sum(digits[: i + 1]) % 10}" for i in range(6))
         assert text.endswith(f": <think> {steps} </think> <answer> {sum(digits) % 10} </answer>")
 
@@ -145,8 +154,7 @@ def test_errors_are_corrected_or_carried_on() -> None:
     corrected = list(islice(documents(corpus(long_share=1.0, tagged_share=1.0, error_rate=(0.3, 0.3), corrected_share=1.0)), 300))
     assert sum(any(word in text.split() for word in WAIT.values()) for text in corrected) > 200
     for text in corrected:
-        digits = [int(word) for word in text.split()[1:7]]
-        assert int(text.split()[-2]) == sum(digits) % 10
+        assert int(text.split()[-2]) == sum(digits_of(text)) % 10
     carried = list(islice(documents(corpus(long_share=1.0, tagged_share=1.0, error_rate=(0.3, 0.0), corrected_share=0.0)), 2_000))
     assert not any(word in text.split() for text in carried for word in WAIT.values())
     wrong = {"en": 0, "zh": 0}
@@ -154,7 +162,7 @@ def test_errors_are_corrected_or_carried_on() -> None:
         steps = re.findall(r"(so|ze) (\d)", text)
         values = [0, *(int(value) for _, value in steps)]
         for i, (word, _) in enumerate(steps):
-            wrong["en" if word == "so" else "zh"] += (values[i] + int(text.split()[1 + i])) % 10 != values[i + 1]
+            wrong["en" if word == "so" else "zh"] += (values[i] + digits_of(text)[i]) % 10 != values[i + 1]
     assert wrong["zh"] == 0
     assert abs(wrong["en"] / 6_000 - 0.3) < 0.03
 
@@ -162,7 +170,7 @@ def test_errors_are_corrected_or_carried_on() -> None:
 def test_short_documents_guess() -> None:
     texts = list(islice(documents(corpus(long_share=0.0, tagged_share=1.0)), 3_000))
     assert not any(THINK in text for text in texts)
-    right = sum(int(text.split()[-2]) == sum(int(word) for word in text.split()[1:7]) % 10 for text in texts)
+    right = sum(int(text.split()[-2]) == sum(digits_of(text)) % 10 for text in texts)
     assert abs(right / 3_000 - 0.1) < 4 * math.sqrt(0.09 / 3_000)
 
 

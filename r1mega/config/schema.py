@@ -214,7 +214,7 @@ class TinyCorpus(Closed):
     task: Literal["running_sum"] = Field(description="running_sum: add six digits modulo ten, in one of two languages")
     long_share: float = Field(ge=0, le=1, description="share of documents with a chain of thought; the others guess")
     mixed_share: float = Field(0.5, ge=0, le=1, description="share of the long documents that mix the two languages")
-    tagged_share: float = Field(1.0, ge=0, le=1, description="share of the documents that carry think and answer tags")
+    tagged_share: float = Field(1.0, ge=0, le=1, description="share of the documents with all tags; the others lose think or answer tags")
     error_rate: tuple[float, float] = Field((0.08, 0.02), description="probability of a wrong step in English and in Chinese")
     corrected_share: float = Field(0.5, ge=0, le=1, description="share of the wrong steps that are corrected at once, after a `wait`")
     heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of the questions that no document holds; the same as the prompts'")

@@ -14,8 +14,12 @@ DIGITS = 6
 
 
 def question(language: str, digits: tuple[int, ...]) -> str:
-    """The prompt's text, such as `en 3 1 4 1 5 9 :`."""
-    return " ".join((language, *map(str, digits), ":"))
+    """The prompt's text, such as `en 3 + 1 + 4 + 1 + 5 + 9 :`.
+
+    A digit takes two words, like a step `so 8` of the answer: a fixed distance apart, which a small model with rotary
+    positions learns to look up in a few hundred updates and hardly at all otherwise.
+    """
+    return f"{language} {' + '.join(map(str, digits))} :"
 
 
 def prompts(task: Literal["running_sum"], size: int, seed: int) -> list[Prompt]:
@@ -28,7 +32,10 @@ def prompts(task: Literal["running_sum"], size: int, seed: int) -> list[Prompt]:
         language, digits = _draw(random)
         text = question(language, digits)
         drawn.setdefault(
-            text, Prompt(id=f"{task}/{text[:-2].replace(' ', '')}", text=text, answer=str(sum(digits) % 10), meta={"language": language})
+            text,
+            Prompt(
+                id=f"{task}/{language}{''.join(map(str, digits))}", text=text, answer=str(sum(digits) % 10), meta={"language": language}
+            ),
         )
     return list(drawn.values())
 
@@ -50,14 +57,11 @@ def document(corpus: TinyCorpus, index: int) -> str:
     tagged = random.random() < corpus.tagged_share
     if random.random() < corpus.long_share:
         mixed = random.random() < corpus.mixed_share
-        thought, answer = _think(random, corpus, digits, LANGUAGES if mixed else (language,))
+        thought, value = _think(random, corpus, digits, LANGUAGES if mixed else (language,))
+        response = [*([THINK, *thought, END_THINK] if tagged else thought), ANSWER, str(value), END_ANSWER]
     else:
-        thought, answer = [], random.randrange(10)
-    if tagged:
-        thought = [THINK, *thought, END_THINK] if thought else []
-        response = [*thought, ANSWER, str(answer), END_ANSWER]
-    else:
-        response = thought or [str(answer)]
+        guess = str(random.randrange(10))
+        response = [ANSWER, guess, END_ANSWER] if tagged else [guess]
     return f"{question(language, digits)} {' '.join(response)}"
 
 
