@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def _eval(options: argparse.Namespace) -> int:
     if options.samples:
         suite = suite.model_copy(update={"k": options.samples})
     folder = check_model(options.model, "MODEL_DIR")
+    # Megatron-Core warns of every library that a CPU has no use for.
+    warnings.simplefilter("ignore")
     from r1mega.stages.evaluate import evaluate_directory
 
     metrics = evaluate_directory(folder, suite, seed=options.seed, threads=options.threads)

@@ -64,6 +64,17 @@ def test_in_a_terminal_every_stage_has_a_line() -> None:
     assert "zero" in text and "4/4" in text and "pass@1 0.9" in text and "check" in text
 
 
+def test_a_narrow_terminal_cuts_the_figures_not_the_name() -> None:
+    out = io.StringIO()
+    figures = {f"figure_{index}": 1 / 3 for index in range(9)}
+    with Progress(["zero", "check"], Console(file=out, width=80, force_terminal=True, color_system=None)) as progress:
+        progress.begin("check", "evaluate")
+        for done in range(1, 3):
+            progress.update(done, 200, figures)
+    last = [line.rpartition("\x1b[2K")[2] for line in out.getvalue().splitlines() if "2/200" in line][-1]
+    assert "check" in last and "figure_0" in last and "figure_8" not in last and len(last) <= 80
+
+
 def test_silence_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     with Progress.silent() as progress:
         progress.begin("zero", "grpo")

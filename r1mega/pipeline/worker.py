@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,13 @@ def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progres
             metrics=summary,
         ).write(folder)
         run.write_summary("running")
-        progress.end(name, wall_s, dict(scalars(summary)))
+        progress.end(name, wall_s, _headline(summary))
+
+
+def _headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The measured values of a summary, those with an interval; of a stage that measured none, its first numbers."""
+    measured = {name: value for name, value in summary.items() if isinstance(value, Mapping) and "ci95" in value}
+    return dict(islice(scalars(measured or summary), 6))
 
 
 def _progress(run: RunDirectory, ranks: env.Ranks, terminal: int) -> Progress:

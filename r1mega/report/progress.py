@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 _PLAIN_INTERVAL_S = 5.0
 
@@ -25,12 +26,14 @@ class Progress:
         self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[pace]}", style="cyan"),
-            TextColumn("{task.fields[values]}"),
+            # In a narrow terminal the figures are cut, never the name or the bar.
+            TextColumn("{task.fields[values]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
+            expand=True,
             refresh_per_second=4,
             redirect_stdout=False,
             redirect_stderr=False,
