@@ -69,16 +69,17 @@ def _common(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "calculate_per_token_loss": True,
-        **_recompute(train),
+        **_recompute(arch, train),
     }
 
 
-def _recompute(train: Train) -> dict[str, Any]:
+def _recompute(arch: Architecture, train: Train) -> dict[str, Any]:
     if train.recompute == "none":
         return {}
     if train.recompute == "selective":
         # DeepSeek-V3 recomputes norms and the MLA up projection (arXiv 2412.19437, section 3.2.3); Megatron-Core names them so.
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mla_up_proj", "mlp"]}
+        modules = ["layernorm", "mlp"] if arch.mla is None else ["layernorm", "mla_up_proj", "mlp"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 

@@ -4,7 +4,7 @@ import inspect
 from dataclasses import replace
 from typing import Any, Literal
 
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
@@ -53,6 +53,17 @@ class NextTokenLayer(MultiTokenPredictionLayer):
         if _MTP_CARRIES_PADDING:
             return input_ids, position_ids, padding_mask, embedded, hidden_states
         return input_ids, position_ids, embedded, hidden_states
+
+    def _checkpointed_forward(self, *forward: Any, hidden_states: Tensor, decoder_input: Tensor, **rest: Any) -> Tensor:
+        if self.config.fp8:
+            return super()._checkpointed_forward(*forward, hidden_states=hidden_states, decoder_input=decoder_input, **rest)
+        # 0.16.1 hands the packing to autograd among the tensors to save, which refuses it.
+        return tensor_parallel.checkpoint(
+            lambda hidden, embedded: self._proj_and_transformer_layer(hidden, embedded, **rest),
+            self.config.distribute_saved_activations,
+            hidden_states,
+            decoder_input,
+        )
 
 
 _MTP_CARRIES_PADDING = "padding_mask" in inspect.signature(MultiTokenPredictionLayer._get_embeddings).parameters

@@ -49,15 +49,15 @@ def layer_spec(config: Any, experts: int | None) -> Any:
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    from r1mega.megatron.platform.kernels import CpuKernels, PackedAttention, RmsNorm, WholeLinear
+    from r1mega.megatron.platform.kernels import CpuKernels, LatentAttention, LatentNorm, PackedAttention, RmsNorm, WholeLinear
 
     if config.multi_latent_attention:
         attention = ModuleSpec(
-            module=MLASelfAttention,
+            module=LatentAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=MLASelfAttentionSubmodules(
                 linear_q_proj=ColumnParallelLinear,
@@ -67,8 +67,8 @@ def layer_spec(config: Any, experts: int | None) -> Any:
                 linear_kv_up_proj=ColumnParallelLinear,
                 core_attention=PackedAttention,
                 linear_proj=RowParallelLinear,
-                q_layernorm=RmsNorm,
-                kv_layernorm=RmsNorm,
+                q_layernorm=LatentNorm,
+                kv_layernorm=LatentNorm,
             ),
         )
     else:

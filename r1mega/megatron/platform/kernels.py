@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 
@@ -28,6 +29,23 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LatentNorm(RmsNorm):
+    """Norm of MLA's compressed queries and keys: its epsilon is 1e-6 in every DeepSeek model, whatever `rms_norm_eps` says."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps=1e-6)
+
+
+class LatentAttention(MLASelfAttention):
+    """MLA made of exactly what the layer spec says.
+
+    megatron-core 0.19 second-guesses the spec: without q_lora it wants a norm fused into the query projection, which no family has.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        return vars(submodules)
 
 
 class WholeLinear(nn.Module):
