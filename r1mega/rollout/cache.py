@@ -1,39 +1,42 @@
 """Keys and values of the sequences in flight, and the attention that reads them.
 
 `transformers` offers two ways in: a `Cache`, which its models call before attention, and a registered attention function.
-This is the second: models hand over the keys and values of the new tokens only, and this file keeps the old ones.
-That leaves out the models' own cache handling (DeepSeek's would expand every cached latent again at every step) and their masks.
+This is the second: models hand over the keys and values of new tokens only, and this file keeps the old ones.
+That leaves out the models' masks, and lets a step of latent attention read latents: DeepSeek's own forward pass expands
+every cached latent into the keys and values of all heads again at every step.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache
 
 ATTENTION = "r1mega_rows"
 """Value of `attn_implementation` for models that attend through a `RowCache`."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""(layer, query [b, heads, s, d], key [b, kv_heads, s, d], value [b, kv_heads, s, dv], scale) -> [b, s, heads, dv]."""
-
-MIN_WINDOW = 32
-"""Columns that attention reads at least: `torch.bmm` leaves BLAS for a slow loop when a product has fewer than 400 terms."""
+MIN_WINDOW = 40
+"""Columns that a step reads at least: MKL's batched products are twice as slow, or not used by torch at all, on narrower matrices."""
 
 
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, scaling: float, attend: Attend, **_: Any
-) -> tuple[Tensor, None]:
-    return attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+class Latents(Cache):
+    """Stands where DeepSeek's attention expects its cache: notes the new tokens' latents and gives them back, with no old ones."""
 
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.new = torch.empty(0)
+        """Latents [b, 1, s, kv_lora_rank + qk_rope_head_dim] of the layer that is running."""
 
-AttentionInterface.register(ATTENTION, _attention)
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Compressed latents and rotated keys, under the names of the base class."""
+        self.new = torch.cat((key_states, value_states), dim=-1)
+        return key_states, value_states
 
 
 class RowCache:
-    """Keys [rows, kv_heads, columns, head_dim] and values of each layer, one row per sequence.
+    """Keys [rows, kv_heads, columns, head_dim] and values of each layer, or latents alone, one row per sequence.
 
     All rows end in the same column: the newest token of every sequence is in column `end - 1`, whatever its length.
     So one step writes one column of all rows, and reads the few columns that any row uses. When the columns run out,
@@ -41,77 +44,133 @@ class RowCache:
     token hold finite leftovers that are masked.
     """
 
-    def __init__(self, layers: int, rows: int, longest_prompt: int, columns: int) -> None:
-        """`columns` is how many columns are written before a rewind, beyond the `longest_prompt`."""
+    def __init__(self, layers: int, rows: int, longest_prompt: int, columns: int, *, latent: bool) -> None:
+        """`columns` is how many are written beyond the `longest_prompt` before a rewind; `latent` is for models that cache latents."""
         self.rows, self.floor = rows, max(MIN_WINDOW, longest_prompt)
         self.columns, self.end = self.floor + columns, self.floor
-        self._keys: list[Tensor | None] = [None] * layers
-        self._values: list[Tensor | None] = [None] * layers
+        self.latents = Latents() if latent else None
+        self._layers: list[tuple[Tensor, ...]] = [()] * layers
 
-    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._keys[layer], self._values[layer]
-        if keys is None or values is None:
-            keys = key.new_empty(self.rows, key.shape[1], self.columns, key.shape[3])
-            values = value.new_empty(self.rows, value.shape[1], self.columns, value.shape[3])
-            self._keys[layer], self._values[layer] = keys, values
-        return keys, values
-
-    def prefill(self, first: int, owner: Tensor, lengths: Tensor) -> Attend:
-        """Attention over left-padded prompts [p, s] of `lengths` [p]; rows first, first + 1, ... take the cache of prompts `owner`."""
-        steps = torch.arange(int(lengths.max()))
-        start = (len(steps) - lengths).view(-1, 1, 1, 1)
-        visible = (steps <= steps[:, None]) & (steps >= start)
-        # A padding query sees itself, so that its softmax is finite; nobody reads the result.
-        mask = visible | torch.eye(len(steps), dtype=torch.bool) if bool(start.any()) else None
-        taken = slice(first, first + len(owner))
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            for stored, new in zip(self._layer(layer, key, value), (key, value), strict=True):
-                stored[taken, :, : self.end - len(steps)] = 0
-                stored[taken, :, self.end - len(steps) : self.end] = new[owner]
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-            )
-            return out.transpose(1, 2)
-
-        return attend
-
-    def decode(self, lengths: Tensor) -> Attend:
-        """Attention of one new token in each of the first n rows, which hold `lengths` [n] tokens, the new one included."""
-        if self.end == self.columns:
-            self.rewind(lengths - 1)
-        n, end = len(lengths), self.end
-        self.end += 1
-        width = max(MIN_WINDOW, int(lengths.max()))
-        window = slice(self.end - width, self.end)
-        hidden = torch.arange(width) < (width - lengths)[:, None]
-        mask = torch.zeros(n, 1, 1, width).masked_fill_(hidden[:, None, None], -torch.inf)
-        masks: dict[int, Tensor] = {}
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            keys, values = self._layer(layer, key, value)
-            keys[:n, :, end] = key[:, :, 0]
-            values[:n, :, end] = value[:, :, 0]
-            heads, kv_heads = query.shape[1], key.shape[1]
-            if kv_heads not in masks:
-                masks[kv_heads] = mask.expand(n, kv_heads, 1, width).flatten(0, 1).to(query.dtype)
-            grouped = query.reshape(n * kv_heads, heads // kv_heads, -1)
-            scores = torch.baddbmm(masks[kv_heads], grouped, keys[:n, :, window].flatten(0, 1).transpose(1, 2), alpha=scale)
-            out = torch.bmm(scores.softmax(-1), values[:n, :, window].flatten(0, 1))
-            return out.view(n, 1, heads, -1)
-
-        return attend
+    def layer(self, index: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is kept of a layer, shaped after its `new` tensors [b, heads, s, dim]."""
+        if not self._layers[index]:
+            self._layers[index] = tuple(part.new_empty(self.rows, part.shape[1], self.columns, part.shape[3]) for part in new)
+        return self._layers[index]
 
     def rewind(self, lengths: Tensor) -> None:
         """Move the columns that the first n rows use, `lengths` [n], to the front."""
-        n, width = len(lengths), max(self.floor, int(lengths.max()))
-        for stored in (*self._keys, *self._values):
-            assert stored is not None
-            stored[:n, :, :width] = stored[:n, :, self.end - width : self.end].clone()
+        width = max(self.floor, int(lengths.max()))
+        for kept in (part[: len(lengths)] for layer in self._layers for part in layer):
+            kept[:, :, :width] = kept[:, :, self.end - width : self.end].clone()
         self.end = width
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows `source` to rows `target`."""
-        for stored in (*self._keys, *self._values):
-            assert stored is not None
-            stored[target, :, : self.end] = stored[source, :, : self.end]
+        for kept in (part[:, :, : self.end] for layer in self._layers for part in layer):
+            kept[target] = kept[source]
+
+
+class Pass(Protocol):
+    """One forward pass over a cache: keeps the new tokens and attends. Query [b, heads, s, d], result [b, s, heads, dv]."""
+
+    cache: RowCache
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Plain attention: key [b, kv_heads, s, d] and value [b, kv_heads, s, dv] of the new tokens."""
+
+    def attend_latent(self, module: Any, query: Tensor, key: Tensor, value: Tensor, latent: Tensor, scale: float) -> Tensor:
+        """Latent attention, as `attend`, where `latent` [b, 1, s, rank + rope] is to be kept."""
+
+
+class Prefill:
+    """Left-padded prompts [p, s] of `lengths` [p]; rows first, first + 1, ... keep those of prompts `owner`."""
+
+    def __init__(self, cache: RowCache, first: int, owner: Tensor, lengths: Tensor) -> None:
+        self.cache, self.owner, self.width = cache, owner, int(lengths.max())
+        self.rows = slice(first, first + len(owner))
+        steps = torch.arange(self.width)
+        start = (self.width - lengths).view(-1, 1, 1, 1)
+        visible = (steps <= steps[:, None]) & (steps >= start)
+        # A padding query sees itself, so that its softmax is finite; nobody reads the result.
+        self.mask = visible | torch.eye(self.width, dtype=torch.bool) if bool(start.any()) else None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self._keep(layer, (key, value))
+        return self._causal(query, key, value, scale)
+
+    def attend_latent(self, module: Any, query: Tensor, key: Tensor, value: Tensor, latent: Tensor, scale: float) -> Tensor:
+        self._keep(module.layer_idx, (latent,))
+        return self._causal(query, key, value, scale)
+
+    def _keep(self, layer: int, new: tuple[Tensor, ...]) -> None:
+        end = self.cache.end
+        for kept, part in zip(self.cache.layer(layer, new), new, strict=True):
+            kept[self.rows, :, : end - self.width] = 0
+            kept[self.rows, :, end - self.width : end] = part[self.owner]
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask, is_causal=self.mask is None, scale=scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
+
+class Decode:
+    """One new token in each of the first n rows, which hold `lengths` [n] tokens, the new one included."""
+
+    def __init__(self, cache: RowCache, lengths: Tensor) -> None:
+        if cache.end == cache.columns:
+            cache.rewind(lengths - 1)
+        self.cache, self.column, self.n = cache, cache.end, len(lengths)
+        cache.end += 1
+        width = max(MIN_WINDOW, int(lengths.max()))
+        self.window = slice(cache.end - width, cache.end)
+        self.hidden = torch.arange(width) < (width - lengths)[:, None]
+        self._masks: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return self._attend(layer, query, (key, value), value.shape[3], scale)
+
+    def attend_latent(self, module: Any, query: Tensor, key: Tensor, value: Tensor, latent: Tensor, scale: float) -> Tensor:
+        """Attention among latents, the up-projections absorbed into query and output (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+
+        All heads share one key, the latent, whose first `kv_lora_rank` elements are also the value.
+        """
+        up_key, up_value = module.kv_b_proj.weight.unflatten(0, (query.shape[1], -1)).split(
+            (module.qk_nope_head_dim, module.v_head_dim), dim=1
+        )
+        nope, rope = query[:, :, 0].split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
+        absorbed = torch.bmm(nope.transpose(0, 1), up_key).transpose(0, 1)
+        mixed = self._attend(module.layer_idx, torch.cat((absorbed, rope), dim=-1)[:, :, None], (latent,), module.kv_lora_rank, scale)
+        return torch.bmm(mixed[:, 0].transpose(0, 1), up_value.mT).transpose(0, 1)[:, None]
+
+    def _attend(self, layer: int, query: Tensor, new: tuple[Tensor, ...], value_dim: int, scale: float) -> Tensor:
+        kept = [part[: self.n] for part in self.cache.layer(layer, new)]
+        for part, token in zip(kept, new, strict=True):
+            part[:, :, self.column] = token[:, :, 0]
+        keys = kept[0][:, :, self.window].flatten(0, 1)
+        values = kept[-1][:, :, self.window, :value_dim].flatten(0, 1)
+        grouped = query.reshape(len(keys), -1, query.shape[3])
+        scores = torch.baddbmm(self._mask(kept[0]), grouped, keys.mT, alpha=scale)
+        weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+        return torch.bmm(weights, values).view(self.n, 1, query.shape[1], value_dim)
+
+    def _mask(self, keys: Tensor) -> Tensor:
+        """What is added to scores, [n * kv_heads, 1, window]: the same for all layers of a model."""
+        heads = keys.shape[1]
+        if heads not in self._masks:
+            additive = keys.new_zeros(self.hidden.shape).masked_fill_(self.hidden, -torch.inf)
+            self._masks[heads] = additive[:, None].repeat_interleave(heads, 0)
+        return self._masks[heads]
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, scaling: float, rows: Pass, **_: Any
+) -> tuple[Tensor, None]:
+    if rows.cache.latents is None:
+        return rows.attend(module.layer_idx, query, key, value, scaling), None
+    return rows.attend_latent(module, query, key, value, rows.cache.latents.new, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attention)

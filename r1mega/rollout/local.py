@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from r1mega.errors import UserError
-from r1mega.rollout.cache import Attend, RowCache
+from r1mega.rollout.cache import Decode, Pass, Prefill, RowCache
 from r1mega.rollout.engine import Request, Sample, SamplingParams
 from r1mega.rollout.hf import build, weight_places
 from r1mega.rollout.sampling import draw, uniforms
@@ -98,7 +98,8 @@ class _Flight:
         self.capacity = min(max_batch, len(requests))
         self.rows = np.empty(0, dtype=np.int64)
         columns = int(self.budgets.max()) * (1 if self.capacity == len(requests) else 2)
-        self.cache = RowCache(model.config.num_hidden_layers, self.capacity, int(self.prompt_lengths.max()), columns)
+        latent = hasattr(model.config, "kv_lora_rank")
+        self.cache = RowCache(model.config.num_hidden_layers, self.capacity, int(self.prompt_lengths.max()), columns, latent=latent)
 
     def run(self, version: int) -> list[Sample]:
         """Draw every request to its end."""
@@ -128,7 +129,7 @@ class _Flight:
         positions = (torch.arange(longest) - (longest - lengths)[:, None]).clamp_(min=0)
         owner = torch.tensor(owners)
         first = len(self.rows)
-        hidden = self._forward(ids, positions, self.cache.prefill(first, owner, lengths))
+        hidden = self._forward(ids, positions, Prefill(self.cache, first, owner, lengths))
         self.rows = np.concatenate((self.rows, joined))
         self._draw(first, hidden[owner])
 
@@ -137,11 +138,12 @@ class _Flight:
         drawn = self.drawn[self.rows]
         newest = torch.from_numpy(self.tokens[self.rows, drawn - 1])
         lengths = torch.from_numpy(self.prompt_lengths[self.rows] + drawn)
-        self._draw(0, self._forward(newest[:, None], lengths[:, None] - 1, self.cache.decode(lengths)))
+        self._draw(0, self._forward(newest[:, None], lengths[:, None] - 1, Decode(self.cache, lengths)))
 
-    def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, rows: Pass) -> Tensor:
         """Hidden states [b, hidden] at the last of the tokens `ids` [b, s]."""
-        return self.decoder(input_ids=ids, position_ids=positions, use_cache=False, attend=attend).last_hidden_state[:, -1]
+        out = self.decoder(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=self.cache.latents, rows=rows)
+        return out.last_hidden_state[:, -1]
 
     def _draw(self, first: int, hidden: Tensor) -> None:
         """Draw a token for each row from `first` on, given their hidden states, and drop the rows that are finished."""
