@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
@@ -49,11 +50,16 @@ def newest(parent: Path) -> Path | None:
 
 def load(policy: Policy, folder: Path, reference: list[Tensor] | None) -> dict[str, Any]:
     """Fill the policy, its optimizer and, in place, the reference; returns the saved state."""
+    _give_states(policy.optimizer)
     wanted = _sharded(policy, reference, is_loading=True)
     loaded = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
+    for inner in _torch_optimizers(policy.optimizer):
+        # Megatron-Core gives all parameters one step tensor, which AdamW would then count up once for each of them.
+        for parameter_state in inner.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
     if reference is not None:
         with policy.holding(reference):
             for index, chunk in enumerate(policy.chunks):
@@ -63,6 +69,22 @@ def load(policy: Policy, folder: Path, reference: list[Tensor] | None) -> dict[s
             old.copy_(new)
     state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _give_states(optimizer: Any) -> None:
+    """Zero states for torch's AdamW, which has none before its first step; Megatron-Core describes what it finds."""
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:
+    """The torch optimizers inside; none where Transformer Engine's or Apex's do the work."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def _sharded(policy: Policy, reference: list[Tensor] | None, is_loading: bool) -> dict[str, Any]:

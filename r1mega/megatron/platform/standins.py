@@ -163,6 +163,7 @@ def install() -> None:
 def _install_in_megatron() -> None:
     """Answers that live in Megatron-Core's own modules."""
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random as tp_random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
@@ -173,8 +174,24 @@ def _install_in_megatron() -> None:
     tp_random_, mla_, moe_, rope_ = modules
     tp_random_._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     tp_random_._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Selective recomputation leaves fp8=False, reads it as "is not None" and then asks Transformer Engine.
+    checkpoint = tp_random_.CheckpointWithoutOutput
+    checkpoint.__init__ = functools.partialmethod(checkpoint.__init__, fp8=None)
     # MLA hands its down projections Transformer Engine's "duplicated" mode when they are of this class.
     mla_.TELinear = WholeLinear
     if not hasattr(moe_, "te_general_gemm"):
         moe_.te_general_gemm = None  # 0.16.1 reads the name without defining it when Transformer Engine is absent
     rope_._apply_rotary_pos_emb_thd = _rope_by_position
+    DistributedOptimizer._set_main_param_and_optimizer_states = _keeping_step(DistributedOptimizer._set_main_param_and_optimizer_states)
+
+
+def _keeping_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint holds torch AdamW's step once for all parameters; loading asks for it per parameter all the same."""
+
+    @functools.wraps(original)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        return original(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    return set_states
