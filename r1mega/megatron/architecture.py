@@ -1,5 +1,6 @@
 """From an `Architecture` to Megatron-Core's transformer configuration."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from r1mega.config.layout import Layout
 from r1mega.config.schema import Train
 from r1mega.errors import UserError
 from r1mega.megatron import platform
-from r1mega.weights.architecture import Architecture, Yarn
+from r1mega.megatron.topology import MEGATRON_VERSION
+from r1mega.weights.architecture import Architecture, Llama3Rope, Yarn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,8 +25,9 @@ def transformer_config(arch: Architecture, layout: Layout, train: Train) -> Tran
     """
     fields = _common(arch, layout, train) | platform.active().config_overrides(train.fp8)
     if arch.moe is not None:
-        fields |= _moe(arch, train)
+        fields |= _moe(arch, layout, train)
     if arch.mla is None:
+        _check_dense_rope(arch)
         return TransformerConfig(
             **fields,
             num_query_groups=arch.kv_heads,
@@ -33,6 +36,17 @@ def transformer_config(arch: Architecture, layout: Layout, train: Train) -> Tran
             rotary_interleaved=False,
         )
     return MLATransformerConfig(**fields, **_mla(arch))
+
+
+def _check_dense_rope(arch: Architecture) -> None:
+    """Megatron-Core's RotaryEmbedding has Llama 3's constants in its code, but for the factor, and GPTModel's knows no YaRN."""
+    if isinstance(arch.rope, Yarn):
+        raise UserError("rope_scaling: yarn is supported with latent attention only; this model has plain attention")
+    if isinstance(arch.rope, Llama3Rope) and replace(arch.rope, factor=8.0) != Llama3Rope(8.0, 1.0, 4.0, 8192):
+        raise UserError(
+            f"rope_scaling: low_freq_factor={arch.rope.low_freq_factor}, high_freq_factor={arch.rope.high_freq_factor}, "
+            f"original_max_position_embeddings={arch.rope.original_length}; Megatron-Core has Llama 3's 1, 4 and 8192 only"
+        )
 
 
 def _common(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
@@ -83,9 +97,11 @@ def _recompute(arch: Architecture, train: Train) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _moe(arch: Architecture, train: Train) -> dict[str, Any]:
+def _moe(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
     moe = arch.moe
     assert moe is not None
+    # Before 0.19 Megatron-Core scales the balance loss by a rank's own tokens where the micro-batch's are meant.
+    lost = layout.tp * layout.cp if MEGATRON_VERSION < (0, 19) else 1
     return {
         "num_moe_experts": moe.experts,
         "moe_ffn_hidden_size": moe.intermediate_size,
@@ -101,7 +117,7 @@ def _moe(arch: Architecture, train: Train) -> dict[str, Any]:
         "moe_router_enable_expert_bias": moe.expert_bias,
         "moe_router_bias_update_rate": train.router_bias_rate,
         "moe_router_load_balancing_type": "seq_aux_loss" if train.aux_loss else "none",
-        "moe_aux_loss_coeff": train.aux_loss,
+        "moe_aux_loss_coeff": train.aux_loss * lost,
     }
 
 

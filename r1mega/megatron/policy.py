@@ -23,6 +23,7 @@ from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_ind
 from r1mega.errors import UserError
 from r1mega.megatron import architecture, head, model, topology
 from r1mega.megatron.exchange import Exchange
+from r1mega.planner.flops import forward_flops
 from r1mega.weights.architecture import Architecture
 
 
@@ -145,19 +146,11 @@ class Policy:
         Every data-parallel rank gets as many micro-batches. Raises UserError for a sequence longer than `train.chunk_tokens`.
         """
         lengths = [len(sequence.tokens) for sequence in sequences]
-        chunks = plan_chunks(lengths, self.train.chunk_tokens, self.dp_size, self.pad_to, self._flops)[self.dp_rank]
+        chunks = plan_chunks(lengths, self.train.chunk_tokens, self.dp_size, self.pad_to, partial(forward_flops, self.arch))[self.dp_rank]
         if self.layout.vpp > 1:
             # The interleaved schedule runs micro-batches in rounds of pp.
             chunks = chunks + [[]] * (-len(chunks) % self.layout.pp)
         return [self._share(pack(sequences, chunk, self.pad_to, self.align)) for chunk in chunks]
-
-    def _flops(self, length: int) -> float:
-        """Forward FLOPs of one sequence: 2 per active weight and token, and the causal half of the attention core."""
-        arch = self.arch
-        head_dims = 2 * arch.head_dim if arch.mla is None else arch.mla.qk_nope_head_dim + arch.mla.qk_rope_head_dim + arch.mla.v_head_dim
-        mlp = arch.intermediate_size if arch.moe is None else arch.moe.intermediate_size * (arch.moe.top_k + arch.moe.shared_experts)
-        linear = 2 * arch.layers * arch.hidden * (3 * mlp + 2 * arch.heads * head_dims)
-        return length * (linear + arch.layers * arch.heads * head_dims * length)
 
     def _share(self, batch: PackedBatch) -> LocalBatch:
         device = self._device
@@ -203,8 +196,18 @@ class Policy:
         The loss is sum(loss_weights x per-token loss) over all ranks: the weights hold every normaliser.
 
         Raises:
-            NotFinite: loss or gradient norm is not finite; parameters and optimizer are as they were.
+            NotFinite: loss or gradient norm is not finite; parameters, router biases and optimizer are as they were.
         """
+        # Megatron-Core updates the router biases with the gradients, before anyone has looked at these.
+        biases = {key: weight.clone() for key, weight in self.weights.items() if not weight.requires_grad}
+        try:
+            return self._step(batches, objective, lr, temperature)
+        except NotFinite:
+            for key, bias in biases.items():
+                self.weights[key].copy_(bias)
+            raise
+
+    def _step(self, batches: Sequence[LocalBatch], objective: Objective, lr: float, temperature: float) -> StepResult:
         optimizer = self.optimizer
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -212,7 +215,7 @@ class Policy:
         sums: dict[str, Tensor] = {}
         peaks: dict[str, Tensor] = {}
         # Auxiliary losses come summed over tokens; the main loss, already normalised, is scaled up so that one divisor serves both.
-        tokens = self._total(sum(batch.tokens.shape[0] for batch in batches))
+        tokens = self._total(sum(batch.tokens.shape[0] for batch in batches)) * self.layout.cp
         self.config.grad_scale_func = lambda loss: loss / tokens
 
         def lose(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:

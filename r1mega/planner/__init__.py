@@ -1,0 +1,1 @@
+"""Arithmetic on architectures: what a model costs. Nothing here needs torch."""
