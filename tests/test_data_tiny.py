@@ -11,7 +11,7 @@ from r1mega.config.schema import TinyCorpus
 from r1mega.data.prompts import Prompt
 from r1mega.data.split import is_heldout
 from r1mega.data.tiny import document, documents, prompts
-from r1mega.data.tiny.measures import consistency, reflection
+from r1mega.data.tiny.measures import consistency, correct_when_reasoning, reasons, reflection
 from r1mega.data.tiny.tokenizer import build_tokenizer
 from r1mega.data.tiny.vocabulary import ANSWER, BOS, EOS, PAD, SO, THINK, VOCABULARY, WAIT
 
@@ -188,3 +188,13 @@ def test_reflection_counts_both_languages() -> None:
     prompt = Prompt(id="", text="", meta={"language": "en"})
     assert reflection(prompt, "so 3 wait 4 ze 5 deng 6 wait 7") == 3.0
     assert reflection(prompt, "<answer> 5 </answer>") == 0.0
+
+
+def test_reasoning_has_its_own_accuracy() -> None:
+    prompt = Prompt(id="", text="", answer="8", meta={"language": "en"})
+    right = "<think> so 3 ze 4 so 8 </think> <answer> 8 </answer>"
+    assert reasons(prompt, right) == correct_when_reasoning(prompt, right) == 1.0
+    assert correct_when_reasoning(prompt, "so 3 wait 8 <answer> 8 </answer>") == 1.0
+    assert correct_when_reasoning(prompt, right.replace("8 </answer>", "7 </answer>")) == 0.0
+    assert reasons(prompt, "<answer> 8 </answer>") == 0.0
+    assert math.isnan(correct_when_reasoning(prompt, "<answer> 8 </answer>"))
