@@ -16,7 +16,7 @@ from r1mega.errors import UserError
 from r1mega.pipeline import files
 from r1mega.pipeline.preflight import check_inputs
 from r1mega.pipeline.rundir import RunDirectory, claimed
-from r1mega.pipeline.worker import die_with_parent
+from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
 _WORKER = "r1mega.pipeline.worker"

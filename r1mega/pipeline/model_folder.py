@@ -18,7 +18,14 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_io import Reader
 
-_SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 class ModelFolder:
@@ -45,7 +52,9 @@ class ModelFolder:
             raise UserError(f"{self.path}: no tokenizer.json; copy the tokenizer's files beside config.json")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
         if len(tokenizer) > self.arch.vocab:
-            raise UserError(f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the embedding only {self.arch.vocab} rows (vocab_size)")
+            raise UserError(
+                f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the embedding only {self.arch.vocab} rows (vocab_size)"
+            )
         return tokenizer
 
     @property

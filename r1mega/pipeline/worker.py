@@ -1,9 +1,7 @@
 """One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR`, started by torchrun. Runs all stages in turn."""
 
-import ctypes
 import importlib
 import os
-import signal
 import sys
 import time
 import traceback
@@ -22,9 +20,8 @@ from r1mega.pipeline.context import StageContext, StageFunction
 from r1mega.pipeline.metrics import MetricsWriter, scalars
 from r1mega.pipeline.preflight import check_layouts
 from r1mega.pipeline.rundir import RunDirectory
+from r1mega.process import die_with_parent
 from r1mega.report.progress import Progress
-
-_PR_SET_PDEATHSIG = 1
 
 
 def stage_function(kind: str) -> StageFunction:
@@ -56,7 +53,7 @@ def main(
 
     An error is left in `logs/rank<k>.error.json` for the launcher, which shows the one that came first.
     """
-    die_with_parent(signal.SIGKILL)
+    die_with_parent()
     path, ranks = Path(arguments[0]), env.ranks()
     logs = path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -155,12 +152,6 @@ def _redirect(log: Path) -> int:
     os.dup2(target, 2)
     os.close(target)
     return terminal
-
-
-def die_with_parent(sign: signal.Signals) -> None:
-    """Ask Linux to send this process a signal when its parent dies, however it dies. No orphan keeps writing to a run directory."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sign))
 
 
 if __name__ == "__main__":

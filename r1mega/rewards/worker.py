@@ -15,6 +15,7 @@ from typing import Any
 
 from r1mega.data.prompts import Message, Prompt
 from r1mega.errors import UserError
+from r1mega.process import die_with_parent
 from r1mega.rewards.imports import load_function
 
 Case = tuple[str, Prompt, str]
@@ -47,6 +48,7 @@ def main() -> None:
     `{"ready": true}` or `{"refused": why}`. Each further line holds packed cases, and each case is answered by a line `[value, reason]`
     as soon as it is judged.
     """
+    die_with_parent()
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.dup(1)
     # A reward that prints or reads would speak into the protocol.
