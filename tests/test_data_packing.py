@@ -189,11 +189,11 @@ def test_context_parallel_order_is_megatrons() -> None:
 
 
 def test_packing_a_minibatch_takes_milliseconds() -> None:
-    """256 sequences of 30 tokens, every update. Measured: about 1 ms to pack; the bound leaves room for a busy machine."""
+    """256 sequences of 30 tokens, every update. CPU time, so that a busy machine does not count."""
     sequences = make([30] * 256)
     fastest = math.inf
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         batch = pack(sequences, range(256), pad_to=1, align=64)
-        fastest = min(fastest, time.perf_counter() - start)
-    assert len(batch.tokens) == 7680 and fastest < 0.02
+        fastest = min(fastest, time.process_time() - start)
+    assert len(batch.tokens) == 7680 and fastest < 0.01
