@@ -61,7 +61,7 @@ def start(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -78,7 +78,7 @@ def alive(run: Path) -> list[int]:
     return found
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -121,6 +121,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(recipe: Path) -> None:
     assert code == 1 and "rank 1 was killed by SIGKILL (out of memory?)" in err
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(recipe: Path) -> None:
     run = recipe.parent / "run"
     for update, sign in ((1, signal.SIGKILL), (2, signal.SIGTERM), (3, signal.SIGINT)):
@@ -132,7 +133,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(recipe: Path) 
         assert len(alive(run)) == 3
         process.send_signal(sign)
         code, _, err = finish(process)
-        wait_until(lambda: not alive(run), 15)
+        wait_until(lambda: not alive(run), 60)
         if sign != signal.SIGKILL:
             assert code == 128 + sign and "the same command goes on from here" in err and status(run) == "interrupted"
         (run / f"hold-{update}").unlink()
