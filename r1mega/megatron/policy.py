@@ -1,6 +1,7 @@
 """A language model that is trained: log-probs, gradient steps, weights in and out. The only door to Megatron-Core for the stages."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from r1mega.config.layout import Layout
@@ -85,7 +87,7 @@ class Policy:
     """One model under one layout, with its optimizer when it is trained."""
 
     def __init__(self, arch: Architecture, layout: Layout, train: Train, optimizer: Optimizer | None, seed: int = 1) -> None:
-        """Connect the layout's process groups and build this rank's shards, uninitialised: fill them through `exchange` next, before the first step.
+        """Connect the layout's process groups and build this rank's shards, uninitialised: fill them through `exchange` first.
 
         Raises:
             UserError: the layout does not fit the model or the world, or would train wrongly.
@@ -270,7 +272,9 @@ class Policy:
         blank = logprobs.new_zeros(labels.shape)
         return blank.index_copy(0, rows, logprobs), blank.index_copy(0, rows, entropies)
 
-    def _run(self, batches: Sequence[LocalBatch], finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], forward_only: bool) -> None:
+    def _run(
+        self, batches: Sequence[LocalBatch], finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], forward_only: bool
+    ) -> None:
         """Megatron-Core's schedule (none, 1F1B, interleaved) over the micro-batches."""
         for chunk in self._wrapped:
             chunk.train(not forward_only)
@@ -314,10 +318,9 @@ class Policy:
             self._wrapped = [
                 DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(self.chunks)
             ]
+            weakref.finalize(self, _release, self._wrapped).atexit = False
             self.config.finalize_model_grads_func = _finalize
-            self.config.no_sync_func = (
-                [chunk.no_sync for chunk in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
-            )
+            self.config.no_sync_func = [chunk.no_sync for chunk in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
             self._optimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     optimizer="adam",
@@ -406,3 +409,12 @@ def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
     """Megatron-Core's gradient reductions without its division by tokens: the loss weights hold the normaliser."""
     del num_tokens
     finalize_model_grads(chunks, None, **kwargs)
+
+
+def _release(chunks: list[Any]) -> None:
+    """Let a trained model be freed: its gradient hooks refer to it through autograd's nodes, where no garbage collector sees the cycle."""
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                module.token_dispatcher = None  # keeps the last micro-batch's graph

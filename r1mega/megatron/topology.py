@@ -39,8 +39,8 @@ def check(arch: Architecture, layout: Layout, world_size: int) -> None:
     _check_router(arch.moe)
     if layout.tp > layout.ep * layout.etp and MEGATRON_VERSION < (0, 19):
         raise UserError(
-            f"layout: tp={layout.tp} with ep x etp = {layout.ep * layout.etp}: megatron-core {package_info.__shortversion__} does not reduce the "
-            f"gradients of experts replicated over tp; use ep >= tp or etp = tp, or megatron-core 0.19"
+            f"layout: tp={layout.tp} with ep x etp = {layout.ep * layout.etp}: megatron-core {package_info.__shortversion__} does not reduce "
+            f"the gradients of experts replicated over tp; use ep >= tp or etp = tp, or megatron-core 0.19"
         )
 
 
@@ -57,7 +57,7 @@ def _check_router(moe: Moe) -> None:
         raise UserError("scoring_func='softmax' with topk_method='noaux_tc': Megatron-Core has the expert bias with sigmoid scores only")
     if moe.top_k > 1 and moe.normalize != (moe.scoring == "sigmoid"):
         raise UserError(
-            f"norm_topk_prob={moe.normalize} with scoring_func={moe.scoring!r}: Megatron-Core normalises sigmoid scores and never softmax scores"
+            f"norm_topk_prob={moe.normalize} with scoring_func={moe.scoring!r}: Megatron-Core normalises sigmoid scores, never softmax scores"
         )
 
 

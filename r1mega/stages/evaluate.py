@@ -36,7 +36,8 @@ class Benchmark:
         prompts = load_prompts(suite.prompts, Path())
         room = model.arch.max_positions - int(at(suite.sampling.max_new_tokens, 0))
         self.questions = [
-            Question(prompt, ids) for prompt, ids in zip(prompts, encode(prompts, suite.prompts.template, model.tokenizer, room), strict=True)
+            Question(prompt, ids)
+            for prompt, ids in zip(prompts, encode(prompts, suite.prompts.template, model.tokenizer, room), strict=True)
         ]
         functions = {"judge": suite.judge, **{f"measure_{key}": path for key, path in suite.measures.items()}}
         self._judge = Judge({key: Reward(function=path) for key, path in functions.items()}, _JUDGES) if dist.get_rank() == 0 else None

@@ -43,7 +43,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     model = ModelFolder(ctx.model_dir(stage.model))
     policy = Policy(model.arch, ctx.layout, stage.train, stage.optimizer, ctx.seed)
     with ExitStack() as stack:
-        loop = _Loop(ctx, stage, model, policy, stack)
+        loop = GrpoLoop(ctx, stage, model, policy, stack)
         first = loop.restore()
         if first == 0 and stage.evaluation and stage.evaluation.at_start:
             loop.evaluate(update=0)
@@ -78,7 +78,7 @@ class _Rollout:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class _Loop:
+class GrpoLoop:
     """What lives as long as the stage: policy, reference, engine, judges, benchmarks."""
 
     def __init__(self, ctx: StageContext, stage: Grpo, model: ModelFolder, policy: Policy, stack: ExitStack) -> None:
@@ -339,7 +339,11 @@ def _loss_metrics(sums: dict[str, float], peaks: dict[str, float]) -> dict[str, 
     tokens = max(sums["tokens"], 1.0)
     means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "loss", "mtp_loss")}
     found = {"kl": means["kl"], "clip_fraction": means["clipped"], "entropy": means["entropy"]}
-    return found | {"tokens": sums["tokens"], "rollout_gap/mean": means["rollout_gap"]} | {f"{name}/max": value for name, value in peaks.items()}
+    return (
+        found
+        | {"tokens": sums["tokens"], "rollout_gap/mean": means["rollout_gap"]}
+        | {f"{name}/max": value for name, value in peaks.items()}
+    )
 
 
 def _add(name: str, batches: Sequence[LocalBatch], values: Sequence[Tensor] | None) -> None:
@@ -362,4 +366,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - begin
-

@@ -69,8 +69,9 @@ def main() -> None:
         policy.step(batches, cross_entropy, lr=1e-4)
         seconds = time.perf_counter() - begin
         peak = (peak + gemm_rate()) / 2
-        fractions.append(flops / seconds / peak)
-        print(f"step {step}: {seconds:.2f} s, {flops / seconds / 1e9:.1f} GFLOP/s, products {peak / 1e9:.1f} GFLOP/s, fraction {fractions[-1]:.3f}")
+        rate = flops / seconds
+        fractions.append(rate / peak)
+        print(f"step {step}: {seconds:.2f} s, {rate / 1e9:.1f} GFLOP/s, products {peak / 1e9:.1f} GFLOP/s, fraction {rate / peak:.3f}")
     print(f"median fraction {statistics.median(fractions):.3f}")
 
 

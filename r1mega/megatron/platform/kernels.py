@@ -287,9 +287,7 @@ class GroupedExperts(SequentialMLP):
     applied to all experts' tokens at once, and nothing is split or concatenated.
     """
 
-    def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor) -> tuple[Tensor, None]:
         """Outputs [tokens, hidden] of tokens sorted by expert, each scaled by its probability [tokens]."""
         weights = [expert.linear_fc1.weight for expert in self.local_experts] + [expert.linear_fc2.weight for expert in self.local_experts]
         counts = tuple(tokens_per_expert.tolist())

@@ -134,7 +134,20 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda._r1mega_standins = True
 
-    for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like", "as_tensor"):
+    for name in (
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "tensor",
+        "arange",
+        "rand",
+        "randn",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "as_tensor",
+    ):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.to = _to(torch.Tensor.to)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
