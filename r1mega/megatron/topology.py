@@ -39,8 +39,8 @@ def check(arch: Architecture, layout: Layout, world_size: int) -> None:
     _check_router(arch.moe)
     if layout.tp > layout.ep * layout.etp and MEGATRON_VERSION < (0, 19):
         raise UserError(
-            f"layout: tp={layout.tp} with ep x etp = {layout.ep * layout.etp}: megatron-core {package_info.__shortversion__} does not reduce "
-            f"the gradients of experts replicated over tp; use ep >= tp or etp = tp, or megatron-core 0.19"
+            f"layout: tp={layout.tp} with ep x etp = {layout.ep * layout.etp}: megatron-core {package_info.__shortversion__} leaves out "
+            f"gradients of experts replicated over tp; use ep >= tp or etp = tp, or megatron-core 0.19"
         )
 
 
