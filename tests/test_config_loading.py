@@ -167,3 +167,10 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     ]:
         (tmp_path / "r.yaml").write_bytes(content)
         assert message in refusal(tmp_path / "r.yaml")
+
+
+def test_a_benchmark_may_not_hold_out_more_than_the_training_prompts_leave_out(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[1] / "configs/tiny/r1_zero.yaml"
+    load_recipe(recipe, ["stages.zero.evaluation.suites.heldout.prompts.heldout_fraction=0.05"])
+    with pytest.raises(UserError, match=r"holds out 0.2 of the questions, the training prompts leave out 0.1"):
+        load_recipe(recipe, ["stages.zero.evaluation.suites.heldout.prompts.heldout_fraction=0.2"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from r1mega.config import tree
 from r1mega.config.base import PathMark
-from r1mega.config.schema import Recipe
+from r1mega.config.schema import Grpo, Recipe
 from r1mega.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*$")
@@ -24,6 +24,19 @@ def check(recipe: Recipe, source: str) -> None:
         except ValueError as error:
             where = f"stages.{name}.layout" if stage.layout else "layout"
             raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
+        if isinstance(stage, Grpo):
+            _check_heldout(stage, f"stages.{name}", source)
+
+
+def _check_heldout(stage: Grpo, where: str, source: str) -> None:
+    """A question is held out below its own hash, so a benchmark that holds out more than the training prompts do shares some with them."""
+    trained = stage.prompts.heldout_fraction if stage.prompts.split == "train" else 0.0
+    for name, suite in (stage.evaluation.suites if stage.evaluation else {}).items():
+        if suite.prompts.source == stage.prompts.source and suite.prompts.split == "heldout" and suite.prompts.heldout_fraction > trained:
+            raise UserError(
+                f"{source}: '{where}.evaluation.suites.{name}' holds out {suite.prompts.heldout_fraction:g} of the questions, the training "
+                f"prompts leave out {trained:g}: some would be trained on; use the same heldout_fraction"
+            )
 
 
 def _check_names(recipe: Recipe, source: str) -> None:

@@ -57,7 +57,7 @@ def _check_router(moe: Moe) -> None:
         raise UserError("scoring_func='softmax' with topk_method='noaux_tc': Megatron-Core has the expert bias with sigmoid scores only")
     if moe.top_k > 1 and moe.normalize != (moe.scoring == "sigmoid"):
         raise UserError(
-            f"norm_topk_prob={moe.normalize} with scoring_func={moe.scoring!r}: Megatron-Core normalises sigmoid scores, never softmax scores"
+            f"norm_topk_prob={moe.normalize} with scoring_func={moe.scoring!r}: Megatron-Core normalises sigmoid scores, not softmax"
         )
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,20 +144,10 @@ class GrpoLoop:
         return rollout
 
     def _next_questions(self, rollout: int) -> list[Question]:
-        """The prompts of the n-th rollout: epochs of random order, a function of the seed and n alone, so a resumed run goes on."""
+        """The prompts of the n-th rollout: epochs in random order, a function of the seed and n alone, so a resumed run goes on."""
         needed, pool = self.stage.prompts_per_rollout, len(self.questions)
-        chosen = []
-        for position in range(rollout * needed, (rollout + 1) * needed):
-            epoch, index = divmod(position, pool)
-            chosen.append(self.questions[self._order(epoch)[index]])
-        return chosen
-
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            generator = torch.Generator().manual_seed(self.ctx.seed * 1_000_003 + epoch)
-            self._shuffled: list[int] = torch.randperm(len(self.questions), generator=generator).tolist()
-        return self._shuffled
+        places = (divmod(position, pool) for position in range(rollout * needed, (rollout + 1) * needed))
+        return [self.questions[_shuffled(pool, self.ctx.seed, epoch)[index]] for epoch, index in places]
 
     def _sync(self, version: int) -> None:
         """Give the engine the policy's current weights."""
@@ -292,6 +283,12 @@ class _Minibatch:
             }
             for response, reward, advantage in zip(self.responses, self.rewards.flatten(), self.advantages, strict=True)
         ]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return order
 
 
 def _sequence(response: Response, weight: float, advantage: float) -> TokenSequence:
