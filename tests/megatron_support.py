@@ -1,5 +1,6 @@
 """Tiny models, ragged batches and layout runs that the tests of r1mega.megatron share."""
 
+import gc
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -139,6 +140,7 @@ class Outcome:
 
 def run(case: Case) -> Outcome:
     """Build, load, step; every rank calls it."""
+    gc.collect()  # an earlier case's process groups keep dozens of threads until its policy is gone
     arch = Architecture.from_hf(CONFIGS[case.model])
     train = Train(**{"chunk_tokens": 128, "logprob_chunk": 17, **case.train})
     optimizer = Optimizer(lr=1e-3, clip_grad=0.0, distributed=case.distributed, weight_decay=0.1)

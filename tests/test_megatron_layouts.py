@@ -1,7 +1,9 @@
 """Every layout trains alike: losses, gradients of every parameter and weights after steps, against the run in one process."""
 
+import gc
 import json
 import math
+import weakref
 from functools import cache
 
 import pytest
@@ -26,7 +28,8 @@ if MEGATRON_VERSION >= (0, 19):
 FOUR = [
     {"tp": 2, "ep": 2},
     {"tp": 2, "ep": 4},
-    {"tp": 4, "ep": 4},
+    {"tp": 4, "ep": 2, "etp": 2},
+    {"etp": 2, "ep": 2},
     {"tp": 2, "pp": 2, "ep": 2},
     {"pp": 2, "ep": 2},
     {"pp": 2, "vpp": 2, "ep": 2},
@@ -96,3 +99,16 @@ def test_layout_trains_like_one_process(world, case, references, reports):
             assert found["scalars"][name] == pytest.approx(value, rel=0.05 if loose else 1e-5), name
         worst = max(found["differences"].values())
         assert math.isfinite(worst) if loose else worst < 1e-5, max(found["differences"].items(), key=lambda item: item[1])
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(reports):
+    assert all(report["one rank is not finite"] == [] for world in CASES for report in reports(world))
+
+
+def test_a_trained_model_is_freed():
+    with support.cpu_platform():
+        outcome = support.run(Case("v3", train=MTP))
+        weights = [weakref.ref(weight) for weight in outcome.policy.weights.values()]
+        del outcome
+        gc.collect()
+        assert not any(weight() is not None for weight in weights)

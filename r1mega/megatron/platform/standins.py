@@ -83,6 +83,43 @@ def _list_splits(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_to_all_single
 
 
+def _gather_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo wants equal sizes where expert tensor parallelism gathers as many rows as each rank was sent."""
+
+    @functools.wraps(original)
+    def all_gather(outputs: list[torch.Tensor], mine: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if all(output.shape == outputs[0].shape for output in outputs):
+            return original(outputs, mine, *args, **kwargs)
+        rows = max(len(output) for output in outputs)
+        padded = [output.new_empty(rows, *output.shape[1:]) for output in outputs]
+        original(padded, _grown(mine, rows), *args, **kwargs)
+        for output, values in zip(outputs, padded, strict=True):
+            output.copy_(values[: len(output)])
+        return None
+
+    return all_gather
+
+
+def _scatter_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of the uneven gather."""
+
+    @functools.wraps(original)
+    def reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if all(part.shape == inputs[0].shape for part in inputs):
+            return original(output, inputs, *args, **kwargs)
+        rows = max(len(part) for part in inputs)
+        padded = output.new_empty(rows, *output.shape[1:])
+        original(padded, [_grown(part, rows) for part in inputs], *args, **kwargs)
+        output.copy_(padded[: len(output)])
+        return None
+
+    return reduce_scatter
+
+
+def _grown(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+
 def _rope_by_position(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """RoPE on packed tokens by one gather of the angle table, where Megatron-Core slices it once per sequence in Python.
 
@@ -170,6 +207,8 @@ def install() -> None:
     cuda.manual_seed = torch.manual_seed
 
     dist.all_to_all_single = _list_splits(dist.all_to_all_single)
+    dist.all_gather = _gather_uneven(dist.all_gather)
+    dist.reduce_scatter = _scatter_uneven(dist.reduce_scatter)
     _install_in_megatron()
 
 
