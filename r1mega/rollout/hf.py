@@ -29,13 +29,13 @@ def _experts(module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -
     """
     flat = expert_ids.reshape(-1)
     order = flat.argsort()
-    token = order // expert_ids.shape[1]
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
     ends = flat.bincount(minlength=module.num_experts).cumsum(0, dtype=torch.int32)
-    gate_up = F.grouped_mm(hidden.index_select(0, token), module.gate_up_proj.transpose(1, 2), offs=ends)
+    gate_up = F.grouped_mm(hidden.index_select(0, order // expert_ids.shape[1]), module.gate_up_proj.mT, offs=ends)
     gate, up = gate_up.chunk(2, dim=-1)
-    out = F.grouped_mm(module.act_fn(gate).mul_(up), module.down_proj.transpose(1, 2), offs=ends)
-    out.mul_(weights.reshape(-1).index_select(0, order)[:, None])
-    return torch.zeros_like(hidden).index_add_(0, token, out)
+    out = F.grouped_mm(module.act_fn(gate).mul_(up), module.down_proj.mT, offs=ends)
+    # A bag is a token: its experts' rows of `out`, gathered, weighted and summed in one pass.
+    return F.embedding_bag(place.view_as(expert_ids), out, mode="sum", per_sample_weights=weights.to(out.dtype))
 
 
 ExpertsInterface.register(EXPERTS, _experts)
