@@ -6,7 +6,7 @@ import pytest
 from r1mega import env
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
-from r1mega.pipeline import artifacts, files
+from r1mega.pipeline import artifacts, files, rundir
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.metrics import MetricsWriter, read_metrics, scalars
 from r1mega.pipeline.rundir import RunDirectory, claimed, first_difference
@@ -113,7 +113,8 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, model:
         pass
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path: Path, model: Path) -> None:
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "_ENDING_S", 0.3)
     with claimed(tmp_path / "run", recipe(model), fresh=False):
         with pytest.raises(UserError, match="is in use by another run"), claimed(tmp_path / "run", recipe(model), fresh=True):
             pass

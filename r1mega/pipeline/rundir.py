@@ -9,6 +9,7 @@ stages/<nn>-<name>/      metrics.jsonl, artifact/, and provenance.json once the 
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from r1mega.pipeline.artifacts import Provenance, check_model
 
 _LOCK = ".lock"
 _DELETED = ".deleted"
+_ENDING_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,7 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
     path.mkdir(parents=True, exist_ok=True)
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path} is in use by another run; wait for it, or choose another folder with -o") from None
+        _wait_for(lock, path)
         _check_belongs(path, recipe, fresh)
         if fresh:
             _clear(path)
@@ -101,6 +100,18 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
         yield RunDirectory(path, recipe), lock
     finally:
         os.close(lock)
+
+
+def _wait_for(lock: int, path: Path) -> None:
+    """Take the lock. The ranks of a run whose launcher was killed hold it until they have ended, which takes them some seconds."""
+    deadline = time.monotonic() + _ENDING_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(f"{path} is in use by another run; wait for it, or choose another folder with -o") from None
+        time.sleep(0.1)
 
 
 def _check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:

@@ -48,6 +48,10 @@ def stop() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        # Megatron-Core keeps its groups in module globals, where they would outlive the backend.
+        from r1mega.megatron import topology
+
+        topology.disconnect()
         dist.destroy_process_group()
     _active = None
 

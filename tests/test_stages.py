@@ -1,0 +1,133 @@
+"""Whole stages on the shipped tiny base: one rank in this process, and two ranks that are killed and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from r1mega import env
+from r1mega.config.loading import load_recipe
+from r1mega.errors import UserError
+from r1mega.megatron import platform
+from r1mega.pipeline.metrics import read_metrics
+from r1mega.pipeline.rundir import claimed
+from r1mega.pipeline.worker import run_stages, stage_function
+from r1mega.report.progress import Progress
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "configs/tiny/base"
+SHORT = [
+    "stages.zero.updates=4",
+    "stages.zero.prompts_per_rollout=8",
+    "stages.zero.updates_per_rollout=2",
+    "stages.zero.group_size=4",
+    "stages.zero.reference_refresh=2",
+    "stages.zero.save_every=2",
+    "stages.zero.evaluation.suites.heldout.prompts.limit=8",
+    "stages.zero.evaluation.suites.heldout.k=2",
+]
+pytestmark = pytest.mark.lane
+
+
+@pytest.fixture(autouse=True)
+def _one_rank() -> Iterator[None]:
+    platform.start("cpu", 1)
+    yield
+    platform.stop()
+
+
+def run(folder: Path, *overrides: str) -> tuple[Path, list[dict[str, Any]]]:
+    """Run the tiny R1-Zero recipe, shortened, on one rank; returns the stage's folder and its metrics rows."""
+    recipe = load_recipe(ROOT / "configs/tiny/r1_zero.yaml", ["run.ranks=1", "layout.ep=1", *SHORT, *overrides])
+    with claimed(folder, recipe, fresh=False) as (directory, _):
+        run_stages(directory, (), env.Ranks(0, 1, 0), Progress.silent(), stage_function, lambda: None)
+    stage = folder / "stages/01-zero"
+    return stage, read_metrics(stage / "metrics.jsonl")
+
+
+def test_a_short_run_leaves_everything_that_others_read(tmp_path: Path) -> None:
+    stage, rows = run(tmp_path / "run")
+    updates = [row for row in rows if "grad_norm" in row]
+    assert [row["update"] for row in updates] == [1, 2, 3, 4]
+    assert all(row["rollout_gap/max"] <= 1e-4 for row in updates)  # fp32: engine and trainer agree
+    assert updates[0]["kl"] == 0 and updates[0]["ratio/max"] == 1  # on-policy, and the reference is the policy
+    evaluations = [row for row in rows if "eval/heldout/pass@1" in row]
+    assert [row["update"] for row in evaluations] == [0, 4]
+    assert set(evaluations[0]["eval/heldout/pass@1"]) == {"value", "ci95"}
+    before, after = load_file(BASE / "model.safetensors"), load_file(stage / "artifact/model.safetensors")
+    assert before.keys() == after.keys()
+    mtp = {name for name in before if name.startswith("model.layers.3.")}
+    assert mtp and all(torch.equal(before[name], after[name]) for name in mtp if not name.endswith(("embed_tokens.weight", "head.weight")))
+    assert torch.equal(after["model.layers.3.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())["stages"][0]
+    assert summary["name"] == "zero" and summary["kind"] == "grpo" and summary["metrics"]["n_prompts"] == 8
+
+
+def test_minibatches_of_one_rollout_are_off_policy_and_still_close(tmp_path: Path) -> None:
+    _, rows = run(tmp_path / "run", "stages.zero.evaluation=null")
+    ratios = {row["update"]: row["ratio/max"] for row in rows}
+    assert ratios[1] == ratios[3] == 1  # the first minibatch is trained on with the weights that drew it
+    assert ratios[2] > 1 and ratios[4] > 1
+
+
+def test_dapo_and_dr_grpo_are_settings(tmp_path: Path) -> None:
+    dapo = ["aggregation=token", "clip=0.2", "clip_high=0.28", "kl_coef=0", "mask_truncated=true", "drop_uniform_groups=true"]
+    _, rows = run(tmp_path / "dapo", "stages.zero.evaluation=null", *(f"stages.zero.objective.{setting}" for setting in dapo))
+    assert all(row["kl"] == 0 for row in rows)
+    dr_grpo = ["aggregation=constant", "constant_length=32", "normalize_std=false"]
+    _, rows = run(tmp_path / "dr", "stages.zero.evaluation=null", *(f"stages.zero.objective.{setting}" for setting in dr_grpo))
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_rewards_that_cannot_be_judged_stop_the_run(tmp_path: Path) -> None:
+    # The measure is NaN for a bare guess, which most responses of the base are.
+    override = "stages.zero.rewards.accuracy.function=r1mega.data.tiny.measures:consistency"
+    with pytest.raises(UserError, match=r"stage zero, update 0: \d+\.\d% of the rewards could not be judged.*first reason: accuracy: "):
+        run(tmp_path / "run", override, "stages.zero.evaluation=null")
+    assert not (tmp_path / "run/stages/01-zero/artifact").exists()
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_and_its_batch_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"stage zero, update \d+: the (loss|gradient norm) is (nan|inf); the step was not applied"
+    ) as error:
+        run(tmp_path / "run", "stages.zero.optimizer.lr=1e30", "stages.zero.evaluation=null", "stages.zero.updates_per_rollout=4")
+    (saved,) = (tmp_path / "run/stages/01-zero").glob("not-finite-update-*.json")
+    assert str(saved) in str(error.value)
+    batch = json.loads(saved.read_text())
+    assert len(batch) == 8 and {"prompt_ids", "response_ids", "logprobs", "text", "reward", "advantage"} <= batch[0].keys()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def command(folder: str) -> list[str]:
+        recipe = str(ROOT / "configs/tiny/r1_zero.yaml")
+        return [sys.executable, "-m", "r1mega.cli", "run", recipe, "-o", str(tmp_path / folder), *SHORT, "stages.zero.evaluation=null"]
+
+    subprocess.run(command("straight"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    broken = subprocess.Popen(command("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = tmp_path / "broken/stages/01-zero/checkpoints/update-000002"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    assert checkpoint.exists() and not (tmp_path / "broken/stages/01-zero/artifact").exists()
+    subprocess.run(command("broken"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    one, other = (load_file(tmp_path / name / "stages/01-zero/artifact/model.safetensors") for name in ("straight", "broken"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    rows = [read_metrics(tmp_path / name / "stages/01-zero/metrics.jsonl") for name in ("straight", "broken")]
+    for straight, resumed in zip(*rows, strict=True):
+        assert {k: v for k, v in straight.items() if not k.startswith("seconds")} == {
+            k: v for k, v in resumed.items() if not k.startswith("seconds")
+        }
