@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import DeepseekV3Config, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from r1mega.errors import UserError
-from r1mega.rollout import local
+from r1mega.rollout import cache, local
 from r1mega.rollout.cache import MIN_WINDOW, RowCache
 from r1mega.rollout.engine import Request, Sample, SamplingParams
 from r1mega.rollout.local import LocalEngine
@@ -168,13 +168,14 @@ def test_small_passes_and_few_logits_at_a_time_change_nothing(folder: Path, monk
 
 
 def test_long_runs_rewind_the_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tokens pass through two rows than the cache has columns."""
+    """More tokens pass through two rows than the cache has columns, and single sequences grow beyond it."""
+    monkeypatch.setattr(cache, "STEPS", 16)
     rewinds = []
     rewind = RowCache.rewind
     monkeypatch.setattr(RowCache, "rewind", lambda self, lengths: (rewinds.append(self.end), rewind(self, lengths)))
     requests = [Request(prompt, seed, 20 + seed % 7) for seed, prompt in enumerate(prompts(12, longest=50))]
     samples = engine(folder, max_batch=2).generate(requests, SamplingParams())
-    assert len(rewinds) >= 2
+    assert len(rewinds) >= 2 and max(rewinds) > min(rewinds)
     assert gap(reference("v3"), samples) <= 1e-5
     assert max(len(sample.prompt_ids) for sample in samples) > MIN_WINDOW
 

@@ -20,6 +20,9 @@ ATTENTION = "r1mega_rows"
 MIN_WINDOW = 40
 """Columns that a step reads at least: MKL's batched products are twice as slow, or not used by torch at all, on narrower matrices."""
 
+STEPS = 128
+"""Columns of a new cache beyond its longest prompt."""
+
 
 class Latents(Cache):
     """Stands where DeepSeek's attention expects its cache: notes the new tokens' latents and gives them back, with no old ones."""
@@ -44,10 +47,10 @@ class RowCache:
     token hold finite leftovers that are masked.
     """
 
-    def __init__(self, layers: int, rows: int, longest_prompt: int, columns: int, *, latent: bool) -> None:
-        """`columns` is how many are written beyond the `longest_prompt` before a rewind; `latent` is for models that cache latents."""
+    def __init__(self, layers: int, rows: int, longest_prompt: int, *, latent: bool) -> None:
+        """`latent` is for models that cache latents. Memory is taken at the first tokens, whose shapes tell the sizes."""
         self.rows, self.floor = rows, max(MIN_WINDOW, longest_prompt)
-        self.columns, self.end = self.floor + columns, self.floor
+        self.columns, self.end = self.floor + STEPS, self.floor
         self.latents = Latents() if latent else None
         self._layers: list[tuple[Tensor, ...]] = [()] * layers
 
@@ -58,11 +61,18 @@ class RowCache:
         return self._layers[index]
 
     def rewind(self, lengths: Tensor) -> None:
-        """Move the columns that the first n rows use, `lengths` [n], to the front."""
+        """Move the columns that the first n rows use, `lengths` [n], to the front, of a longer cache if they are more than half."""
         width = max(self.floor, int(lengths.max()))
-        for kept in (part[: len(lengths)] for layer in self._layers for part in layer):
-            kept[:, :, :width] = kept[:, :, self.end - width : self.end].clone()
+        self.columns = max(self.columns, 2 * width)
+        self._layers = [tuple(self._rewound(part, len(lengths), width) for part in layer) for layer in self._layers]
         self.end = width
+
+    def _rewound(self, kept: Tensor, n: int, width: int) -> Tensor:
+        window = kept[:n, :, self.end - width : self.end].clone()
+        if kept.shape[2] < self.columns:
+            kept = kept.new_empty(*kept.shape[:2], self.columns, kept.shape[3])
+        kept[:n, :, :width] = window
+        return kept
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows `source` to rows `target`."""

@@ -97,9 +97,8 @@ class _Flight:
         self.waiting = sorted(range(len(requests)), key=lambda index: (self.prompt_lengths[index], requests[index].prompt_ids))
         self.capacity = min(max_batch, len(requests))
         self.rows = np.empty(0, dtype=np.int64)
-        columns = int(self.budgets.max()) * (1 if self.capacity == len(requests) else 2)
         latent = hasattr(model.config, "kv_lora_rank")
-        self.cache = RowCache(model.config.num_hidden_layers, self.capacity, int(self.prompt_lengths.max()), columns, latent=latent)
+        self.cache = RowCache(model.config.num_hidden_layers, self.capacity, int(self.prompt_lengths.max()), latent=latent)
 
     def run(self, version: int) -> list[Sample]:
         """Draw every request to its end."""
