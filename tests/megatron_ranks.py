@@ -29,6 +29,9 @@ def work(rank: int, world: int, port: int, folder: Path, cases: Sequence[Case]) 
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     report: dict[str, Any] = {}
     with support.cpu_platform():
+        with torch.device("meta"):
+            # Only a process that never used such a block before can tell whether the stand-ins broke them.
+            report["devices in a meta block"] = [torch.arange(3).device.type, torch.zeros(3).device.type]
         for case in cases:
             report[case.name] = _compared(case, folder)
         report["one rank is not finite"] = _one_rank_is_not_finite()

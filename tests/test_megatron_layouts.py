@@ -105,6 +105,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(reports):
     assert all(report["one rank is not finite"] == [] for world in CASES for report in reports(world))
 
 
+def test_stand_ins_leave_device_blocks_alone(reports):
+    assert all(report["devices in a meta block"] == ["meta", "meta"] for report in reports(2))
+
+
 def test_a_trained_model_is_freed():
     with support.cpu_platform():
         outcome = support.run(Case("v3", train=MTP))

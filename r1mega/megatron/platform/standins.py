@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 
@@ -171,6 +172,9 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda._r1mega_standins = True
 
+    # A `with torch.device(..)` block recognises factories by identity and lists them on first use. Let it list torch's own:
+    # transformers loads models inside one, and their rotary tables were left uninitialised.
+    _device_constructors()
     for name in (
         "empty",
         "zeros",
