@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="the same prompts as JSON lines")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for what a stage may leave behind")
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
-    parser.add_argument("--chunk-tokens", type=int, default=16384)
+    parser.add_argument("--chunk-tokens", type=int, default=8192)
     options = parser.parse_args()
     work = json.loads(options.workload.read_text())
     platform.start("cpu", options.threads)

@@ -126,11 +126,13 @@ class PackedAttention(nn.Module):
         if v_dim < qk_dim:
             value = nn.functional.pad(value, (0, qk_dim - v_dim))
         q, k, v = (_Lay.apply(x, *rows) for x, rows in ((query, plan.queries), (key, plan.keys), (value, plan.keys)))
+        queries = [(bucket.sequences, bucket.query_length) for bucket in plan.buckets]
+        keys = [(bucket.sequences, bucket.key_length) for bucket in plan.buckets]
         attended = [
             nn.functional.scaled_dot_product_attention(
-                bucket.rows(q, bucket.query_start, bucket.query_length),
-                bucket.rows(k, bucket.key_start, bucket.key_length),
-                bucket.rows(v, bucket.key_start, bucket.key_length),
+                q_rows,
+                k_rows,
+                v_rows,
                 attn_mask=bucket.mask,
                 is_causal=bucket.mask is None,
                 scale=self.softmax_scale,
@@ -138,10 +140,21 @@ class PackedAttention(nn.Module):
             )
             .transpose(1, 2)
             .flatten(0, 1)
-            for bucket in plan.buckets
+            for bucket, q_rows, k_rows, v_rows in zip(
+                plan.buckets, _by_bucket(q, queries), _by_bucket(k, keys), _by_bucket(v, keys), strict=True
+            )
         ]
         out = _Lift.apply(torch.cat(attended) if len(attended) > 1 else attended[0], *plan.queries)
         return out[..., :v_dim].reshape(query.shape[0], -1)
+
+
+def _by_bucket(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """Padded rows [rows, heads, dim] as one [sequences, heads, length, dim] for each (sequences, length).
+
+    One split, whose backward is one concatenation: that of a slice per bucket fills and adds a gradient of all rows each time.
+    """
+    parts = x.split([sequences * length for sequences, length in shapes])
+    return [part.view(*shape, *x.shape[1:]).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _Lay(torch.autograd.Function):
@@ -172,18 +185,12 @@ class _Lift(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, attended in one call. Starts and lengths count padded rows."""
+    """Sequences of similar length, attended in one call. Buckets follow each other in the padded rows; lengths count these."""
 
     sequences: int
-    query_start: int
     query_length: int
-    key_start: int
     key_length: int
     mask: Tensor | None  # bool [sequences, 1, query_length, key_length], or None: plainly causal
-
-    def rows(self, x: Tensor, start: int, length: int) -> Tensor:
-        """View this bucket's rows of [padded tokens, heads, dim] as [sequences, heads, length, dim]."""
-        return x[start : start + self.sequences * length].view(self.sequences, length, *x.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,6 @@ def attention_plan(cu_seqlens: Tensor, cp: int, cp_rank: int) -> AttentionPlan:
             groups.append([s])
     buckets: list[Bucket] = []
     query_rows, key_rows = [], []
-    query_start = key_start = 0
     for group in groups:
         longest = int(lengths[group[0]])
         keys = [keys_of[s] for s in group]
@@ -235,9 +241,7 @@ def attention_plan(cu_seqlens: Tensor, cp: int, cp_rank: int) -> AttentionPlan:
             queries = keys
         query_rows += [_padded(q, query_length) for q in queries]
         key_rows += [_padded(k, longest) for k in keys]
-        buckets.append(Bucket(len(group), query_start, query_length, key_start, longest, mask))
-        query_start += len(group) * query_length
-        key_start += len(group) * longest
+        buckets.append(Bucket(len(group), query_length, longest, mask))
     plan = AttentionPlan(_with_places(query_rows), _with_places(key_rows), tuple(buckets))
     # Every layer of a micro-batch asks for the same plan: keep the last one, with the tensor it was made from.
     _plan_cache[:] = [(cu_seqlens, (cp, cp_rank), plan)]
