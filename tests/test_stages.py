@@ -108,6 +108,11 @@ def test_a_loss_that_is_not_finite_is_not_applied_and_its_batch_is_kept(tmp_path
     assert len(batch) == 8 and {"prompt_ids", "response_ids", "logprobs", "text", "reward", "advantage"} <= batch[0].keys()
 
 
+def test_a_length_cap_beyond_the_context_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"max_new_tokens=600 leaves no room for prompts in the context of 512 tokens"):
+        run(tmp_path / "run", "stages.zero.sampling.max_new_tokens={0: 32, 3: 600}")
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     def command(folder: str) -> list[str]:

@@ -64,6 +64,16 @@ class ModelFolder:
         found = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
         return tuple(sorted(token for token in found if token is not None))
 
+    def prompt_room(self, max_new_tokens: float) -> int:
+        """Tokens that the context leaves for a prompt beside a response of this length; UserError when it leaves none."""
+        room = self.arch.max_positions - int(max_new_tokens)
+        if room < 1:
+            raise UserError(
+                f"sampling.max_new_tokens={int(max_new_tokens)} leaves no room for prompts in the context of {self.arch.max_positions} "
+                f"tokens (max_position_embeddings of {self.path})"
+            )
+        return room
+
     def open(self) -> Reader:
         """The weights, after a check that all are there in the shapes that config.json implies."""
         reader = Reader(self.path)

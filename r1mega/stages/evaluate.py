@@ -34,7 +34,7 @@ class Benchmark:
     def __init__(self, name: str, suite: Suite, model: ModelFolder, seed: int) -> None:
         self.name, self.suite, self.model, self.seed = name, suite, model, seed
         prompts = load_prompts(suite.prompts, Path())
-        room = model.arch.max_positions - int(at(suite.sampling.max_new_tokens, 0))
+        room = model.prompt_room(at(suite.sampling.max_new_tokens, 0))
         self.questions = [
             Question(prompt, ids)
             for prompt, ids in zip(prompts, encode(prompts, suite.prompts.template, model.tokenizer, room), strict=True)

@@ -85,7 +85,8 @@ class GrpoLoop:
     def __init__(self, ctx: StageContext, stage: Grpo, model: ModelFolder, policy: Policy, stack: ExitStack) -> None:
         self.ctx, self.stage, self.model, self.policy = ctx, stage, model, policy
         prompts = ranks.shared(lambda: load_prompts(stage.prompts, Path()))
-        room = model.arch.max_positions - int(at(stage.sampling.max_new_tokens, stage.updates))
+        caps = stage.sampling.max_new_tokens
+        room = model.prompt_room(max(caps.values()) if isinstance(caps, dict) else caps)
         encoded = encode(prompts, stage.prompts.template, model.tokenizer, room)
         self.questions = [Question(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True)]
         self.judge = stack.enter_context(Judge(stage.rewards, workers=1)) if ctx.rank == 0 else None
