@@ -1,6 +1,7 @@
 """The same log-probs as transformers, for every family, from its checkpoint and back."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ MODELS = {
     "V3": V3,
     "V3 without q_lora": V3 | {"q_lora_rank": None},
     "V3 with plain RoPE": V3 | {"rope_scaling": None},
-    "V3 without shared experts' factor": V3 | {"routed_scaling_factor": 1.0, "n_shared_experts": 2, "first_k_dense_replace": 0},
+    "V3 with YaRN's default scale": V3 | {"rope_scaling": {k: v for k, v in V3["rope_scaling"].items() if not k.startswith("mscale")}},
+    "V3 without dense layers": V3 | {"routed_scaling_factor": 1.0, "n_shared_experts": 2, "first_k_dense_replace": 0},
     "Moonlight: one group, epsilon 1e-5": MOONLIGHT,
     "V2-Lite: softmax scores": V2,
     "V2: softmax scores, groups": V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3, "q_lora_rank": 24},
@@ -89,7 +91,7 @@ def segments(policy: Policy, sequences: list[TokenSequence]) -> list[tuple[Tenso
         hidden[:, 0] @ model.shared_embedding_or_output_weight().t() if policy.arch.tied else hidden[:, 0] @ model.output_layer.weight.t()
     )
     bounds = batch.packing.cu_seqlens_q.tolist()
-    return [(batch.tokens[a:b], logits[a:b, : policy.arch.vocab]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(batch.tokens[a:b], logits[a:b, : policy.arch.vocab]) for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -134,7 +136,7 @@ def test_policy_logprobs(name, temperature, tmp_path):
     for batch, logprobs in zip(batches, found, strict=True):
         expected = torch.zeros_like(logprobs)
         bounds = batch.packing.cu_seqlens_q.tolist()
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in pairwise(bounds):
             with torch.no_grad():
                 logits = reference(batch.tokens[None, a:b]).logits[0] / temperature
             expected[a:b] = logits.log_softmax(-1).gather(1, batch.labels[a:b, None])[:, 0]
