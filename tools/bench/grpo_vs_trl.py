@@ -1,11 +1,12 @@
 """One GRPO update, 256 samples of the tiny DeepSeek-V3, against TRL's GRPOTrainer: same weights, prompts, reward, beta and lengths, fp32.
 
-    python tools/bench/grpo_vs_trl.py [--trl-python PATH] [--pairs N] [--ranks 1|2]
+    python tools/bench/grpo_vs_trl.py [--trl-python PATH] [--pairs N] [--ranks 1|2] [--cores 2|1]
 
 First both compute loss and gradient norm of one shared batch, which must agree within 1e-3. Then updates are timed in turn, one of ours,
 one of TRL's, after warm-up, each side on two threads in all and never both at once. Two workloads, 16 prompts x 16 samples each:
 24 new tokens, and lengths with a long tail (log-normal, median 48, at most 256). TRL runs with micro-batches of 256 and of 32 samples
-and is held to the faster one. Needs the extra `bench`, here or in the interpreter of --trl-python.
+and is held to the faster one. Wall time means something on an idle machine alone; on a busy one give `--cores 1 --ranks 1` and read the
+CPU time, in which threads that wait for each other do not count. Needs the extra `bench`, here or in the interpreter of --trl-python.
 """
 
 import argparse
@@ -31,7 +32,6 @@ from r1mega.weights.canonical import canonical
 
 HERE = Path(__file__).parent
 ARCHITECTURE = HERE.parent.parent / "configs" / "tiny" / "architecture"
-CORES = 2
 PROMPTS, GROUP = 16, 16
 TOLERANCE = 1e-3
 PHASES = {  # name printed: ours, TRL's
@@ -121,16 +121,16 @@ class Sides:
     stack: ExitStack
 
     def ours(self) -> Worker:
-        ranks = self.options.ranks
+        ranks, threads = self.options.ranks, self.options.cores // self.options.ranks
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        extra = ["--prompts", str(self.folder / "prompts.jsonl"), "--scratch", str(self.folder), "--threads", str(CORES // ranks)]
+        extra = ["--prompts", str(self.folder / "prompts.jsonl"), "--scratch", str(self.folder), "--threads", str(threads)]
         command = [sys.executable, *launcher, str(HERE / "r1mega_side.py"), *self._common(), *extra]
-        return Worker("r1mega", command, CORES // ranks, self.folder / "r1mega.log", self.stack)
+        return Worker("r1mega", command, threads, self.folder / "r1mega.log", self.stack)
 
     def trl(self, micro_batch: int) -> Worker:
-        extra = ["--threads", str(CORES), "--micro-batch", str(micro_batch)]
+        extra = ["--threads", str(self.options.cores), "--micro-batch", str(micro_batch)]
         command = [str(self.options.trl_python), str(HERE / "trl_side.py"), *self._common(), *extra]
-        return Worker("TRL", command, CORES, self.folder / f"trl-{micro_batch}.log", self.stack)
+        return Worker("TRL", command, self.options.cores, self.folder / f"trl-{micro_batch}.log", self.stack)
 
     def _common(self) -> list[str]:
         models = ["--model", str(self.folder / "policy"), "--reference", str(self.folder / "reference")]
@@ -192,7 +192,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="timed updates of each side")
     parser.add_argument("--warmup", type=int, default=2, help="updates of each side that are not counted")
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2), help="our processes: 2 share the experts, 1 has two threads")
+    parser.add_argument("--cores", type=int, default=2, help="threads of each side, all processes together")
     options = parser.parse_args()
+    if options.cores % options.ranks:
+        parser.error(f"--cores {options.cores} is not a multiple of --ranks {options.ranks}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_models(folder)
