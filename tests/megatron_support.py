@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from r1mega.config.layout import Layout
@@ -150,14 +152,25 @@ def run(case: Case) -> Outcome:
     policy.exchange.load(reader_of(random_weights(arch)))
     digests["loaded"] = digest(policy.exchange.gather(torch.float32))
     batches = policy.microbatches(sequences(even=case.even))
+    forward = _total_logprob(policy, batches)
     for _ in range(case.steps or 1):
         result = policy.step(batches, objective, 1e-3)
-    scalars = {"loss": result.loss, "grad_norm": result.grad_norm, **result.sums, **result.peaks}
+    scalars = {"forward": forward, "loss": result.loss, "grad_norm": result.grad_norm, **result.sums, **result.peaks}
     if case.steps:
         local = {key: weight.detach().clone() for key, weight in policy.weights.items()}
     else:
         local = {key: weight.main_grad.clone() for key, weight in policy.weights.items() if hasattr(weight, "main_grad")}
     return Outcome(policy, scalars, digests, local)
+
+
+def _total_logprob(policy: Policy, batches: list[LocalBatch]) -> float:
+    """Of all ranks' tokens, by the schedule without a backward."""
+    found = policy.logprobs(batches)
+    assert (found is not None) == policy.is_last_stage
+    counts = found is not None and parallel_state.get_tensor_model_parallel_rank() == 0
+    total = torch.tensor(sum(values.double().sum().item() for values in found) if counts else 0.0, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
 
 
 def digest(values: Mapping[str, Tensor]) -> str:

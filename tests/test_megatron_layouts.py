@@ -35,6 +35,7 @@ FOUR = [
     {"pp": 2, "vpp": 2, "ep": 2},
     {"cp": 2, "tp": 2, "ep": 2},
     {"cp": 2, "pp": 2},
+    {"cp": 4},
     {"pp": 4},
     {"pp": 4, "pipeline": "E|tt|tt|mL"},
 ]
