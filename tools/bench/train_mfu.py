@@ -27,7 +27,7 @@ ARCH = Architecture(
             scoring="sigmoid", normalize=True, scaling=2.5, expert_bias=True),
     mtp_layers=0,
 )  # fmt: skip
-SEQUENCES, LENGTH = 8, 512
+SEQUENCES, LENGTH = 16, 512
 
 
 def gemm_rate(size: int = 2048) -> float:
