@@ -128,7 +128,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(recipe: Path) 
         process = start(recipe)
         wait_until(run.exists)
         (run / f"hold-{update}").touch()
-        done = run / "stages" / "01-zero" / "done"
+        done = run / "stages" / "01-zero" / "done-0"
         wait_until(lambda done=done, update=update: done.exists() and done.read_text() == str(update))
         assert len(alive(run)) == 3
         process.send_signal(sign)

@@ -90,14 +90,13 @@ class _Ranks:
         """Wait for the ranks to end; returns the run's exit code."""
         handlers = {sign: signal.signal(sign, self._forward) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
-            while self._received is None:
-                try:
-                    return 1 if self._process.wait(timeout=0.5) else 0
-                except subprocess.TimeoutExpired:
-                    continue
-            try:
-                self._process.wait(timeout=_GRACE_S)
-            except subprocess.TimeoutExpired:
+            code = None
+            while code is None and self._received is None:
+                code = self._ended(0.5)
+            # A signal can arrive while the last look is under way, and the ranks be gone before it ends: still a stopped run.
+            if self._received is None or code == 0:
+                return 1 if code else 0
+            if self._ended(_GRACE_S) is None:
                 # Ranks die with torchrun: each asked for SIGKILL at its parent's death.
                 self._process.kill()
                 self._process.wait()
@@ -107,6 +106,13 @@ class _Ranks:
                 signal.signal(sign, handler)
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a rank that was killed while its display was live left the cursor hidden
+
+    def _ended(self, seconds: float) -> int | None:
+        """Torchrun's exit code, None where it still runs after so many seconds."""
+        try:
+            return self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _forward(self, number: int, frame: Any) -> None:
         self._received = number
