@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 ATTENTION = "r1mega_rows"
 """Value of `attn_implementation` for models that attend through a `RowCache`."""
 
-MIN_WINDOW = 40
-"""Columns that a step reads at least: MKL's batched products are twice as slow, or not used by torch at all, on narrower matrices."""
+FLOOR = 64
+"""Columns that a row has at least."""
 
 STEPS = 128
 """Columns of a new cache beyond its longest prompt."""
@@ -49,7 +49,7 @@ class RowCache:
 
     def __init__(self, layers: int, rows: int, longest_prompt: int, *, latent: bool) -> None:
         """`latent` is for models that cache latents. Memory is taken at the first tokens, whose shapes tell the sizes."""
-        self.rows, self.floor = rows, max(MIN_WINDOW, longest_prompt)
+        self.rows, self.floor = rows, max(FLOOR, longest_prompt)
         self.columns, self.end = self.floor + STEPS, self.floor
         self.latents = Latents() if latent else None
         self._layers: list[tuple[Tensor, ...]] = [()] * layers
@@ -59,6 +59,11 @@ class RowCache:
         if not self._layers[index]:
             self._layers[index] = tuple(part.new_empty(self.rows, part.shape[1], self.columns, part.shape[3]) for part in new)
         return self._layers[index]
+
+    @property
+    def narrowest(self) -> int:
+        """Columns that a step reads at least: MKL's batched products take two to three times as long when keys are wider than many."""
+        return min(self.floor, self._layers[0][0].shape[3])
 
     def rewind(self, lengths: Tensor) -> None:
         """Move the columns that the first n rows use, `lengths` [n], to the front, of a longer cache if they are more than half."""
@@ -134,7 +139,7 @@ class Decode:
             cache.rewind(lengths - 1)
         self.cache, self.column, self.n = cache, cache.end, len(lengths)
         cache.end += 1
-        width = max(MIN_WINDOW, int(lengths.max()))
+        width = max(cache.narrowest, int(lengths.max()))
         self.window = slice(cache.end - width, cache.end)
         self.hidden = torch.arange(width) < (width - lengths)[:, None]
         self._masks: dict[int, Tensor] = {}

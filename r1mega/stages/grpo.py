@@ -294,19 +294,12 @@ def _shuffled(size: int, seed: int, epoch: int) -> list[int]:
 
 def _sequence(response: Response, weight: float, advantage: float) -> TokenSequence:
     sample = response.sample
-    prompt, length = len(sample.prompt_ids), len(sample.response_ids)
-
-    def on_response(values: Tensor) -> Tensor:
-        return torch.cat([torch.zeros(prompt), values])
-
-    return TokenSequence(
-        tokens=torch.tensor(sample.prompt_ids + sample.response_ids),
-        weights=on_response(torch.full((length,), weight)),
-        extras={
-            "advantages": on_response(torch.full((length,), advantage)),
-            "rollout_logprobs": on_response(torch.tensor(sample.logprobs)),
-        },
-    )
+    prompt = len(sample.prompt_ids)
+    weights, advantages, logprobs = values = torch.zeros(3, prompt + len(sample.response_ids))
+    values[:2, prompt:] = torch.tensor([[weight], [advantage]])
+    logprobs[prompt:] = torch.tensor(sample.logprobs)
+    tokens = torch.tensor(sample.prompt_ids + sample.response_ids)
+    return TokenSequence(tokens, weights, {"advantages": advantages, "rollout_logprobs": logprobs})
 
 
 @dataclass(frozen=True)

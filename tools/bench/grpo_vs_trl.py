@@ -1,6 +1,6 @@
 """One GRPO update, 256 samples of the tiny DeepSeek-V3, against TRL's GRPOTrainer: same weights, prompts, reward, beta and lengths, fp32.
 
-    python tools/bench/grpo_vs_trl.py [--trl-python PATH] [--pairs N] [--ranks 1|2] [--cores 2|1]
+    python tools/bench/grpo_vs_trl.py [--trl-python PATH] [--pairs N] [--ranks 1|2] [--ep 1|2] [--cores 2|1]
 
 First both compute loss and gradient norm of one shared batch, which must agree within 1e-3. Then updates are timed in turn, one of ours,
 one of TRL's, after warm-up, each side on two threads in all and never both at once. Two workloads, 16 prompts x 16 samples each:
@@ -124,6 +124,7 @@ class Sides:
         ranks, threads = self.options.ranks, self.options.cores // self.options.ranks
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         extra = ["--prompts", str(self.folder / "prompts.jsonl"), "--scratch", str(self.folder), "--threads", str(threads)]
+        extra += ["--ep", str(self.options.ep)]
         command = [sys.executable, *launcher, str(HERE / "r1mega_side.py"), *self._common(), *extra]
         return Worker("r1mega", command, threads, self.folder / "r1mega.log", self.stack)
 
@@ -191,7 +192,8 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="interpreter that has TRL (default: this one)")
     parser.add_argument("--pairs", type=int, default=7, help="timed updates of each side")
     parser.add_argument("--warmup", type=int, default=2, help="updates of each side that are not counted")
-    parser.add_argument("--ranks", type=int, default=2, choices=(1, 2), help="our processes: 2 share the experts, 1 has two threads")
+    parser.add_argument("--ranks", type=int, default=2, choices=(1, 2), help="our processes: 2 with a thread each, or 1 with two")
+    parser.add_argument("--ep", type=int, default=1, choices=(1, 2), help="our processes that share the experts")
     parser.add_argument("--cores", type=int, default=2, help="threads of each side, all processes together")
     options = parser.parse_args()
     if options.cores % options.ranks:

@@ -47,7 +47,7 @@ def recipe(options: argparse.Namespace, work: dict[str, Any], ranks: int) -> Rec
         "train": {"chunk_tokens": options.chunk_tokens},
     }
     run = {"platform": "cpu", "ranks": ranks, "threads_per_rank": options.threads}
-    return Recipe.model_validate({"name": "bench", "run": run, "layout": {"ep": ranks}, "stages": {"grpo": stage}})
+    return Recipe.model_validate({"name": "bench", "run": run, "layout": {"ep": options.ep}, "stages": {"grpo": stage}})
 
 
 class _Numbered:
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="the same prompts as JSON lines")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for what a stage may leave behind")
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
+    parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts")
     parser.add_argument("--chunk-tokens", type=int, default=8192)
     options = parser.parse_args()
     work = json.loads(options.workload.read_text())

@@ -20,10 +20,10 @@ from r1mega.planner.flops import training_flops
 from r1mega.weights.architecture import Architecture, Mla, Moe
 
 ARCH = Architecture(
-    family="deepseek_v3", vocab=8192, hidden=512, layers=5, intermediate_size=2048, heads=8, kv_heads=8, head_dim=96,
+    family="deepseek_v3", vocab=4096, hidden=1024, layers=3, intermediate_size=2816, heads=8, kv_heads=8, head_dim=96,
     norm_eps=1e-6, rope_theta=10000.0, rope=None, max_positions=4096, tied=False, qkv_bias=False,
-    mla=Mla(q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
-    moe=Moe(experts=16, shared_experts=1, top_k=4, intermediate_size=448, first_dense_layers=1, groups=4, top_groups=2,
+    mla=Mla(q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
+    moe=Moe(experts=8, shared_experts=1, top_k=2, intermediate_size=704, first_dense_layers=1, groups=2, top_groups=1,
             scoring="sigmoid", normalize=True, scaling=2.5, expert_bias=True),
     mtp_layers=0,
 )  # fmt: skip

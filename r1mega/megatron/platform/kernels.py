@@ -28,7 +28,30 @@ class RmsNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype."""
+        return _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm in half the passes over memory that torch, which composes it of elementwise operations on a CPU, makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = wide * scale
+        ctx.save_for_backward(normal, scale, weight)
+        return (normal * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        normal, scale, weight = ctx.saved_tensors
+        wide = grad.float()
+        grad_weight = (wide * normal).flatten(0, -2).sum(0)
+        # With n = x s and s = 1 / rms: dx = s (dn - n mean(dn n)).
+        grad_normal = wide * weight
+        mean = torch.linalg.vecdot(grad_normal, normal)[..., None].div_(normal.shape[-1])
+        return grad_normal.addcmul_(normal, mean, value=-1).mul_(scale).to(grad.dtype), grad_weight.to(weight.dtype), None
 
 
 class LatentNorm(RmsNorm):
