@@ -87,6 +87,19 @@ def _torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:
     return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
+def metadata() -> dict[str, Any]:
+    """How Megatron-Core is asked to lay out states: Megatron-LM's defaults, with optimizer states that load under another layout.
+
+    Those are saved by parameter, not by buffer, and under names that do not count the optimizers of a rank.
+    """
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    }
+
+
 def _sharded(policy: Policy, reference: list[Tensor] | None, is_loading: bool) -> dict[str, Any]:
     # The optimizer's states are saved by parameter, not by buffer, so they load under another layout.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}

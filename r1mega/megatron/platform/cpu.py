@@ -92,8 +92,18 @@ def layer_spec(config: Any, experts: int | None) -> Any:
             pre_mlp_layernorm=RmsNorm,
             mlp=get_mlp_module_spec_for_backend(backend=CpuKernels(), num_experts=experts),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_fused_norms(config, experts),
         ),
     )
+
+
+def _fused_norms(config: Any, experts: int | None) -> dict[str, str]:
+    """Checkpoint keys of the norms that Transformer Engine fuses into the linear that follows: files are alike on every platform."""
+    if config.multi_latent_attention:
+        keys = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
+    else:
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return keys if experts else keys | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def kernels() -> Any:
