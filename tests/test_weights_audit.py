@@ -10,7 +10,7 @@ from test_weights_table import V3_CONFIG, tiny, tiny_config
 
 from r1mega.errors import UserError
 from r1mega.weights.audit import Figures, figures, inspect, read_config
-from r1mega.weights.safetensors_io import save
+from r1mega.weights.safetensors_out import Encoding, save
 
 
 def test_released_deepseek_v3():
@@ -33,7 +33,7 @@ def test_figures_follow_dtype_and_quantisation():
 
 @pytest.fixture
 def folder(tmp_path):
-    save(tmp_path, tiny(), random_tensors(tiny()), torch.float32)
+    save(tmp_path, tiny(), random_tensors(tiny()), Encoding(torch.float32))
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     return tmp_path
 
@@ -43,7 +43,7 @@ def test_a_sound_folder_has_no_findings(folder):
 
 
 def test_a_block_fp8_folder_has_no_findings(tmp_path):
-    save(tmp_path, tiny(), random_tensors(tiny()), torch.bfloat16, block_fp8=True)
+    save(tmp_path, tiny(), random_tensors(tiny()), Encoding(torch.bfloat16, block_fp8=True))
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     assert inspect(tmp_path).lines() == []
 

@@ -17,7 +17,8 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.moving import load_local
 from r1mega.weights.placement import Spelling, placement
-from r1mega.weights.safetensors_io import INDEX, Reader, new_folder, save
+from r1mega.weights.safetensors_io import INDEX, Reader
+from r1mega.weights.safetensors_out import Encoding, new_folder, save
 from r1mega.weights.table import Storage
 
 
@@ -58,7 +59,7 @@ def test_save_and_load(tmp_path, dtype, shard_bytes):
     arch = tiny()
     tensors = random_tensors(arch)
     with new_folder(tmp_path / "model") as folder:
-        save(folder, arch, tensors, dtype, shard_bytes=shard_bytes)
+        save(folder, arch, tensors, Encoding(dtype), shard_bytes=shard_bytes)
     shards = sorted((tmp_path / "model").glob("*.safetensors"))
     assert (len(shards) > 1) == (tmp_path / "model" / INDEX).exists() == (shard_bytes < 10**9)
     # The safetensors library reads the same: it checks the header, and that offsets cover the file.
@@ -77,7 +78,7 @@ def test_load_a_block_fp8_checkpoint_into_a_sharded_model(tmp_path):
     """Regions of quantised tensors dequantise to the same values as the whole tensor."""
     arch = tiny(hidden_size=140, intermediate_size=260, moe_intermediate_size=132)
     tensors = random_tensors(arch)
-    save(tmp_path, arch, tensors, torch.bfloat16, block_fp8=True)
+    save(tmp_path, arch, tensors, Encoding(torch.bfloat16, block_fp8=True))
     quantised = {t.name for t in canonical(arch) if t.storage is Storage.BLOCK_FP8}
     files = load_file(tmp_path / "model.safetensors")
     assert {name.removesuffix("_scale_inv") for name in files if name.endswith("_scale_inv")} == quantised
@@ -95,7 +96,7 @@ def test_load_a_block_fp8_checkpoint_into_a_sharded_model(tmp_path):
 @pytest.fixture
 def sharded(tmp_path):
     arch = tiny()
-    save(tmp_path, arch, random_tensors(arch), torch.bfloat16, shard_bytes=20_000)
+    save(tmp_path, arch, random_tensors(arch), Encoding(torch.bfloat16), shard_bytes=20_000)
     return tmp_path
 
 
@@ -149,7 +150,7 @@ def test_index_that_is_none(sharded, text):
 
 def test_tensors_that_do_not_fit(tmp_path):
     arch = tiny()
-    save(tmp_path, arch, random_tensors(arch), torch.bfloat16)
+    save(tmp_path, arch, random_tensors(arch), Encoding(torch.bfloat16))
     files = load_file(tmp_path / "model.safetensors")
     norm, gate = "model.layers.1.input_layernorm.weight", "model.layers.2.mlp.experts.0.gate_proj.weight"
     for changed, message in [
@@ -185,7 +186,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     tensors = random_tensors(arch)
     del tensors["lm_head.weight"]
     with pytest.raises(KeyError), new_folder(tmp_path / "model") as folder:
-        save(folder, arch, tensors, torch.bfloat16, shard_bytes=20_000)
+        save(folder, arch, tensors, Encoding(torch.bfloat16), shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,7 +198,7 @@ def test_a_disk_that_refuses_is_one_line(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"model.safetensors: cannot be written \(File too large\)"):
-            save(tmp_path, arch, random_tensors(arch), torch.bfloat16)
+            save(tmp_path, arch, random_tensors(arch), Encoding(torch.bfloat16))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from r1mega.errors import UserError
-from r1mega.weights import safetensors_io
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_io import Reader
+from r1mega.weights.safetensors_out import Encoding, save
 
 _SIDE_FILES = (
     "config.json",
@@ -99,4 +99,4 @@ class ModelFolder:
         if untouched:
             with self.open() as reader:
                 values = {**values, **{tensor.name: reader.read(tensor.name, Box.whole(tensor.shape)) for tensor in untouched}}
-        safetensors_io.save(target, self.arch, values, dtype)
+        save(target, self.arch, values, Encoding(dtype))

@@ -1,13 +1,10 @@
-"""Hugging Face checkpoint folders: read by box without loading, write atomically.
+"""Hugging Face checkpoint folders, read by box without loading.
 
 Block-FP8 tensors are dequantised while they are read, so readers see float tensors only. No pickle is ever opened.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -53,13 +50,13 @@ class Reader:
     a truncated or damaged file, a dtype that no checkpoint of these families has.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dequantised: torch.dtype = torch.float32) -> None:
+        """`dequantised` is the dtype in which block-FP8 tensors are read."""
+        self.folder, self.dequantised = folder, dequantised
         self._files: dict[str, Any] = {}
         self.stored: dict[str, Stored] = {}
         index = _read_index(folder)
-        shards = sorted(set(index.values())) if index is not None else ["model.safetensors"]
-        for shard in shards:
+        for shard in _shard_names(index):
             self._open(shard)
         if index is not None:
             self._check_index(index)
@@ -75,7 +72,7 @@ class Reader:
         return self._find(name).shape
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A region of a tensor, in the dtype of the file, or float32 when it is block-FP8.
+        """A region of a tensor, in the dtype of the file, or `dequantised` when it is block-FP8.
 
         UserError when the tensor is missing, smaller than the box, or quantised without fitting scales.
         """
@@ -92,7 +89,7 @@ class Reader:
             expected = list(fp8.scale_shape(stored.shape))
             raise UserError(f"{self.folder / scale.shard}: {scale.name} has shape {list(scale.shape)}, expected {expected}")
         touched = Box(tuple(a // fp8.BLOCK for a in box.start), fp8.scale_shape(box.stop))
-        return fp8.dequantise(values, self._slice(scale, touched), (box.start[0], box.start[1]))
+        return fp8.dequantise(values, self._slice(scale, touched), (box.start[0], box.start[1]), self.dequantised)
 
     def tensors(self, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         """Every canonical tensor of a model, whole, one after the other; copies are left out."""
@@ -123,21 +120,11 @@ class Reader:
         return values
 
     def _open(self, shard: str) -> None:
-        path = self.folder / shard
-        if not path.is_file():
-            raise UserError(f"{path} is missing" + (f", but {INDEX} names it" if shard != "model.safetensors" else ""))
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: truncated or damaged ({error})") from None
-        self._files[shard] = file
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            entry = file.get_slice(name)
-            if name in self.stored:
-                raise UserError(f"{path}: {name} is also in {self.stored[name].shard}")
-            if entry.get_dtype() not in DTYPES:
-                raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}, expected one of {', '.join(DTYPES)}")
-            self.stored[name] = Stored(name, tuple(entry.get_shape()), entry.get_dtype(), shard)
+        self._files[shard], tensors = _opened(self.folder, shard)
+        for stored in tensors:
+            if stored.name in self.stored:
+                raise UserError(f"{self.folder / shard}: {stored.name} is also in {self.stored[stored.name].shard}")
+            self.stored[stored.name] = stored
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         for name, shard in index.items():
@@ -148,6 +135,32 @@ class Reader:
         for name, found in self.stored.items():
             if name not in index:
                 raise UserError(f"{self.folder / found.shard}: {name} is not in {INDEX}")
+
+
+def headers(folder: Path) -> list[Stored]:
+    """Every tensor of every shard that a `Reader` would open, one that stands in two shards twice; UserError as from `Reader`."""
+    return [stored for shard in _shard_names(_read_index(folder)) for stored in _opened(folder, shard)[1]]
+
+
+def _shard_names(index: Mapping[str, str] | None) -> list[str]:
+    return sorted(set(index.values())) if index is not None else ["model.safetensors"]
+
+
+def _opened(folder: Path, shard: str) -> tuple[Any, list[Stored]]:
+    path = folder / shard
+    if not path.is_file():
+        raise UserError(f"{path} is missing" + (f", but {INDEX} names it" if (folder / INDEX).exists() else ""))
+    try:
+        file: Any = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error})") from None
+    tensors = []
+    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        entry = file.get_slice(name)
+        if entry.get_dtype() not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}, expected one of {', '.join(DTYPES)}")
+        tensors.append(Stored(name, tuple(entry.get_shape()), entry.get_dtype(), shard))
+    return file, tensors
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -168,111 +181,6 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return dict(index)
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears at `target` whole or not at all: fill the one that is given, it is renamed at the end.
-
-    UserError when the target exists or its parent cannot be written.
-    """
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another folder or remove it")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(
-    folder: Path,
-    arch: Architecture,
-    values: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    *,
-    block_fp8: bool = False,
-    shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write a whole model: every canonical tensor of `arch`, copies included.
-
-    Args:
-        folder: an existing folder, such as `new_folder` gives.
-        values: the canonical tensors by name, without copies, in any floating dtype.
-        dtype: dtype of the files; tensors that are float32 in every checkpoint stay float32.
-        block_fp8: quantise what DeepSeek's checkpoints quantise.
-    """
-    tensors = canonical.canonical(arch)
-    write(folder, specs_of(tensors, dtype, block_fp8), AsStored(tensors, values, dtype, block_fp8), shard_bytes)
-
-
-def write(folder: Path, specs: Sequence[Stored], tensors: Mapping[str, Tensor], shard_bytes: int = 5_000_000_000) -> None:
-    """Write tensors as safetensors shards of at most `shard_bytes` (or one tensor), with an index when there is more than one.
-
-    A tensor is asked from `tensors` when its turn comes, so a mapping may make each on demand; shapes and dtypes must be
-    those of its spec (`specs_of` makes specs for one model). UserError when the disk refuses.
-    """
-    shards = _shards(specs, shard_bytes)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        try:
-            _write_shard(folder / name, shard, tensors)
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be written ({error.strerror})") from None
-    if len(shards) > 1:
-        weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
-        total = sum(spec.nbytes for spec in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(specs: Sequence[Stored], shard_bytes: int) -> list[list[Stored]]:
-    shards: list[list[Stored]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return shards
-
-
-def _write_shard(path: Path, specs: Sequence[Stored], tensors: Mapping[str, Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    # Wide dtypes first in the file keeps every tensor aligned. Tensors are still asked for in the order of `specs`,
-    # so that codes and scales of one matrix are made together.
-    for spec in sorted(specs, key=lambda spec: -DTYPES[spec.dtype].itemsize):
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            tensor = tensors[spec.name]
-            assert tuple(tensor.shape) == spec.shape and tensor.dtype == DTYPES[spec.dtype], spec
-            file.seek(8 + len(text) + header[spec.name]["data_offsets"][0])
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-
-
 def specs_of(tensors: Iterable[canonical.Tensor], dtype: torch.dtype, block_fp8: bool = False) -> list[Stored]:
     """What a checkpoint of these canonical tensors stores: copies included, and scales when quantised."""
     specs = []
@@ -284,38 +192,3 @@ def specs_of(tensors: Iterable[canonical.Tensor], dtype: torch.dtype, block_fp8:
         else:
             specs.append(Stored(tensor.name, tensor.shape, name, ""))
     return specs
-
-
-class AsStored(Mapping[str, Tensor]):
-    """Canonical tensors as `specs_of` describes them: converted, quantised and copied when asked for.
-
-    Args:
-        values: the canonical tensors by name, without copies.
-    """
-
-    def __init__(
-        self, tensors: Iterable[canonical.Tensor], values: Mapping[str, Tensor], dtype: torch.dtype, block_fp8: bool = False
-    ) -> None:
-        tensors = list(tensors)
-        self._dtypes = {spec.name: DTYPES[spec.dtype] for spec in specs_of(tensors, dtype, block_fp8)}
-        self._sources = {tensor.name: tensor.copy_of or tensor.name for tensor in tensors}
-        self._values = values
-        self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name.endswith(SCALE):
-            return self._quantised(name.removesuffix(SCALE))[1]
-        if self._dtypes[name] == torch.float8_e4m3fn:
-            return self._quantised(name)[0]
-        return self._values[self._sources[name]].to(self._dtypes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._dtypes)
-
-    def __len__(self) -> int:
-        return len(self._dtypes)
-
-    def _quantised(self, name: str) -> tuple[Tensor, Tensor]:
-        if self._last is None or self._last[0] != name:
-            self._last = name, fp8.quantise(self._values[self._sources[name]])
-        return self._last[1]
