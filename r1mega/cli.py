@@ -5,13 +5,18 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from r1mega.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 input that cannot be used, 1 anything else."""
+    """Run one command; returns the exit code: 0 done, 2 input that cannot be used, 1 anything else.
+
+    `audit` returns 1 when it found something wrong.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="r1mega", description="DeepSeek-R1's training, whole, on Megatron-Core and SGLang.")
     parser.add_argument("command", choices=_COMMANDS, help="; ".join(f"{name}: {text}" for name, (text, _, _) in _COMMANDS.items()))
@@ -86,6 +91,89 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="folder with a config.json, with or without safetensors")
+    parser.add_argument(
+        "--layout", type=Path, metavar="FILE", help="say what the ranks of a layout hold instead, such as configs/layouts/*.yaml"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="build that rank of the layout with Megatron-Core, without values, and compare"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same there")
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from r1mega.pipeline.files import write_json
+
+    if options.rank is not None and options.layout is None:
+        raise UserError("--rank needs --layout: it says which ranks there are")
+    if options.layout is None:
+        lines, record, clean = _audit_folder(options.model)
+    elif options.rank is None:
+        lines, record, clean = _audit_layout(options.model, options.layout)
+    else:
+        lines, record, clean = _audit_rank(options.model, options.layout, options.rank)
+    print(*lines, sep="\n")
+    if options.json:
+        try:
+            write_json(options.json, record)
+        except OSError as error:
+            raise UserError(f"--json {options.json}: cannot be written ({error.strerror})") from None
+    return 0 if clean else 1
+
+
+def _audit_folder(folder: Path) -> tuple[list[str], dict[str, Any], bool]:
+    from r1mega.report.audit import described, inspected
+    from r1mega.weights.audit import figures, has_weights, inspect, read_config, stored_figures
+
+    expected = figures(read_config(folder))
+    if not has_weights(folder):
+        return described(folder, expected), {"config": asdict(expected)}, True
+    found, findings = stored_figures(folder), inspect(folder)
+    record = {"config": asdict(expected), "found": asdict(found), "findings": asdict(findings)}
+    return inspected(folder, expected, found, findings), record, not findings.lines()
+
+
+def _audit_layout(folder: Path, path: Path) -> tuple[list[str], dict[str, Any], bool]:
+    from r1mega.config.loading import load_layout
+    from r1mega.report.audit import fitted
+    from r1mega.weights.architecture import Architecture
+    from r1mega.weights.audit import read_config
+    from r1mega.weights.placement import Spelling
+    from r1mega.weights.ranks import rank_classes
+
+    file = load_layout(path)
+    classes = rank_classes(Architecture.from_hf(read_config(folder)), file.layout, file.ranks, Spelling())
+    record = {**file.model_dump(), "classes": [{**asdict(found), "bytes_in_bf16": found.bytes_in_bf16} for found in classes]}
+    return fitted(path, file, classes), record, True
+
+
+def _audit_rank(folder: Path, path: Path, rank: int) -> tuple[list[str], dict[str, Any], bool]:
+    from r1mega.config.loading import load_layout
+    from r1mega.report.audit import built
+    from r1mega.weights.architecture import Architecture
+    from r1mega.weights.audit import read_config
+    from r1mega.weights.placement import placement
+
+    file, arch = load_layout(path), Architecture.from_hf(read_config(folder))
+    if not 0 <= rank < file.ranks:
+        raise UserError(f"--rank {rank}: {path} has the ranks 0 to {file.ranks - 1}")
+    # Megatron-Core warns of every library that a CPU has no use for.
+    warnings.simplefilter("ignore")
+    from r1mega.megatron import shapes
+
+    found = shapes.build_rank(arch, file.layout, file.ranks, rank)
+    params = placement(arch, file.layout, file.ranks, rank, shapes.spelling())
+    wrong = shapes.differences(params, found)
+    record = {
+        **file.model_dump(),
+        "rank": rank,
+        "parameters": [{"chunk": param.chunk, "name": param.name, "shape": param.shape} for param in params],
+        "differences": wrong,
+    }
+    return built(rank, file, params, wrong, shapes.LIBRARY), record, not wrong
+
+
 def _declare_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("key", nargs="?", default="", metavar="KEY", help="such as stages.zero.objective.clip, or grpo.objective.clip")
 
@@ -101,6 +189,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
+    "audit": ("what a model folder holds and what is wrong with it, or what the ranks of a layout hold", _declare_audit, _audit),
     "explain": ("what a key of a recipe means, or the keys below it", _declare_explain, _explain),
 }
 

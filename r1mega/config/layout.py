@@ -85,3 +85,17 @@ class Layout(Closed):
     def all_coordinates(self, world_size: int) -> Iterator[Coordinates]:
         """Coordinates of every rank in rank order."""
         return (self.coordinates(rank, world_size) for rank in range(world_size))
+
+
+class LayoutFile(Closed):
+    """A layout and the number of ranks that it is for: one YAML file, such as those in `configs/layouts`."""
+
+    model: str = Field("", description="the model that the layout was made for")
+    source: str = Field("", description="where the layout was published")
+    ranks: int = Field(ge=1, description="ranks that train, one GPU each")
+    layout: Layout
+
+    @model_validator(mode="after")
+    def _the_world_divides(self) -> "LayoutFile":
+        self.layout.dp(self.ranks), self.layout.edp(self.ranks)
+        return self

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from r1mega.config import tree, yaml
 from r1mega.config.base import Closed, PathMark
 from r1mega.config.checks import check
+from r1mega.config.layout import LayoutFile
 from r1mega.config.schema import Recipe, Suite
 from r1mega.errors import UserError
 
@@ -63,6 +64,11 @@ def load_resolved(path: Path) -> Recipe:
 def load_suite(path: Path) -> Suite:
     """Read one benchmark from its YAML file."""
     return _load(Suite, path, [])
+
+
+def load_layout(path: Path) -> LayoutFile:
+    """Read one layout from its YAML file; UserError, one line, when it does not suit its own number of ranks."""
+    return _load(LayoutFile, path, [])
 
 
 def dump_resolved(recipe: Recipe) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from r1mega.errors import UserError
+from r1mega.weights import fp8
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.boxes import Box
-from r1mega.weights.canonical import canonical
-from r1mega.weights.safetensors_io import SCALE, Reader, specs_of
+from r1mega.weights.canonical import Tensor, canonical
+from r1mega.weights.safetensors_io import INDEX, SCALE, Reader, headers, specs_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STRIP_VALUES = 16 * 2**20
@@ -33,8 +34,12 @@ class Figures:
 
 @dataclass
 class Findings:
-    """What is wrong with a folder, by tensor name. Empty lists mean that the folder is what its config.json says."""
+    """What is wrong with a folder, by tensor name. Empty lists mean that the folder is what its config.json says.
 
+    With `duplicated` tensors nothing was compared or read: it is not known which of them counts.
+    """
+
+    duplicated: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
@@ -47,8 +52,8 @@ class Findings:
         """One line per problem."""
         groups = [" = ".join(names) for names in self.identical]
         named = {
-            "missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.misshaped, "not finite": self.non_finite,
-            "identical": groups, "differs from the tensor it copies": self.copies_that_differ,
+            "duplicated": self.duplicated, "missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.misshaped,
+            "not finite": self.non_finite, "identical": groups, "differs from the tensor it copies": self.copies_that_differ,
         }  # fmt: skip
         return [f"{what}: {name}" for what, names in named.items() for name in names]
 
@@ -60,6 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -94,26 +101,42 @@ def is_block_fp8(config: Mapping[str, Any]) -> bool:
     return True
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors; UserError when it holds weights of another kind only, which nothing here opens."""
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+        return True
+    others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+    if others:
+        raise UserError(f"{folder} holds {others[0]} and no safetensors; pickles are never read, convert it to safetensors first")
+    return False
+
+
+def stored_figures(folder: Path) -> Figures:
+    """What a folder's shards hold, by their headers. A tensor that stands in two shards counts twice."""
+    stored = headers(folder)
+    weights = [tensor for tensor in stored if not tensor.name.endswith(SCALE)]
+    return Figures(
+        stored_tensors=len(stored),
+        tensors=len(weights),
+        values=sum(prod(tensor.shape) for tensor in weights),
+        stored_bytes=sum(tensor.nbytes for tensor in stored),
+    )
+
+
 def inspect(folder: Path) -> Findings:
     """Compare a folder with its config.json and read every value once, a strip of rows at a time.
 
-    UserError when the files themselves are damaged.
+    UserError when the files themselves are damaged, or their index is not of them.
     """
     expected = {tensor.name: tensor for tensor in canonical(Architecture.from_hf(read_config(folder)))}
-    found = Findings()
-    digests: dict[str, str] = {}
+    found = Findings(duplicated=_duplicated(folder))
+    if found.duplicated:
+        return found
     with Reader(folder) as reader:
-        present = {name: stored for name, stored in reader.stored.items() if not name.endswith(SCALE)}
-        found.missing = sorted(name for name, tensor in expected.items() if name not in present and tensor.copy_of is None)
-        found.unexpected = sorted(present.keys() - expected.keys())
-        for name, tensor in expected.items():
-            if name not in present:
-                continue
-            shape = present[name].shape
-            if shape != tensor.shape:
-                found.misshaped.append(f"{name} {list(shape)}, config.json says {list(tensor.shape)}")
-                continue
-            digests[name], finite = _digest(reader, name, shape)
+        readable = _compare(reader, expected, found)
+        digests: dict[str, str] = {}
+        for name in readable:
+            digests[name], finite = _digest(reader, name, expected[name].shape)
             if not finite:
                 found.non_finite.append(name)
     by_digest: dict[str, list[str]] = defaultdict(list)
@@ -125,6 +148,31 @@ def inspect(folder: Path) -> Findings:
             found.copies_that_differ.append(name)
     found.identical = [tuple(names) for names in by_digest.values() if len(names) > 1]
     return found
+
+
+def _duplicated(folder: Path) -> list[str]:
+    shards: dict[str, list[str]] = defaultdict(list)
+    for stored in headers(folder):
+        shards[stored.name].append(stored.shard)
+    return [f"{name} in {' and '.join(names)}" for name, names in shards.items() if len(names) > 1]
+
+
+def _compare(reader: Reader, expected: Mapping[str, Tensor], found: Findings) -> list[str]:
+    """Note what names and shapes say; returns the expected tensors that can be read."""
+    # Whether a matrix has scales is said by its own dtype: folders mix quantised and plain matrices.
+    scaled = {name + SCALE: name for name, stored in reader.stored.items() if stored.dtype == "F8_E4M3"}
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    shapes |= {scale: fp8.scale_shape(expected[name].shape) for scale, name in scaled.items() if name in expected}
+    copies = {name for name, tensor in expected.items() if tensor.copy_of is not None}
+    found.missing = sorted(shapes.keys() - reader.stored.keys() - copies)
+    found.unexpected = sorted(reader.stored.keys() - shapes.keys())
+    present = [name for name in shapes if name in reader.stored]
+    wrong = {name for name in present if reader.shape(name) != shapes[name]}
+    found.misshaped = [
+        f"{name} {list(reader.shape(name))}, config.json says {list(shapes[name])}" for name in present if name in wrong
+    ]  # fmt: skip
+    damaged = wrong | set(found.missing)
+    return [name for name in present if name in expected and name not in damaged and name + SCALE not in damaged]
 
 
 def _digest(reader: Reader, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:

@@ -1,8 +1,12 @@
 """The two platforms: a CPU with gloo and a CUDA machine with NCCL. Chosen once, by `start`; nothing else asks which it is.
 
+A third, `meta`, has shapes only: `imagined` builds any rank of any world on it.
+
 A platform answers: where tensors live, which collectives carry them, which kernels a layer is made of, how FP8 is configured.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
 from typing import Any, Literal
@@ -54,6 +58,27 @@ def stop() -> None:
         topology.disconnect()
         dist.destroy_process_group()
     _active = None
+
+
+@contextmanager
+def imagined(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a world that is not there: groups have no peers and tensors no values.
+
+    For building models of any size and counting them. The process must be in no process group; it is in none afterwards.
+    """
+    global _active
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from r1mega.megatron.platform import meta
+
+    meta.prepare(1)
+    dist.init_process_group(meta.BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
+    _active = meta
+    try:
+        yield
+    finally:
+        stop()
 
 
 def active() -> Any:
