@@ -160,6 +160,7 @@ class Train(Closed):
     router_bias_rate: float = Field(0.0, ge=0, description="update rate of the router's expert bias (V3: 1e-3 in pre-training, 0 in RL)")
     aux_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise expert-balance loss (V3: 1e-4 in pre-training)")
     mtp_loss: float = Field(0.0, ge=0, description="weight of the multi-token-prediction loss; 0 leaves the MTP weights as they are")
+    async_save: bool = Field(True, description="go on training while a checkpoint's files are written")
 
 
 class PretrainTrain(Train):

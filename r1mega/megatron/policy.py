@@ -112,6 +112,8 @@ class Policy:
             if "tp" not in local.replicated and not local.is_buffer:
                 self.weights[local.chunk, local.name].tensor_model_parallel = True  # type: ignore[attr-defined]
         self.optimizer_settings = optimizer
+        self.steps = 0
+        """Optimizer steps taken."""
         self._wrapped: list[Any] = list(self.chunks)
         self._optimizer: Any = None
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -348,6 +350,7 @@ class Policy:
         if not math.isfinite(norm):
             raise NotFinite(f"the gradient norm is {norm}")
         optimizer.step()
+        self.steps += 1
         return norm
 
     # ------------------------------------------------------------ other weights in the same shards

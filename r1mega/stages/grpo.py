@@ -22,7 +22,7 @@ from r1mega.data.packing import TokenSequence
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode
 from r1mega.errors import UserError
-from r1mega.megatron import checkpoint
+from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, TokenLoss
 from r1mega.objectives.grpo import group_advantages, policy_loss, token_weights, uniform_groups
 from r1mega.pipeline import ranks
@@ -52,7 +52,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
             for row in loop.roll_out_and_train(update):
                 ctx.progress.update(row["update"], stage.updates, _headline(row))
                 ctx.metrics.write(row)
+                loop.checkpoints.poll()
             loop.finish_rollout(min(update + stage.updates_per_rollout, stage.updates))
+        loop.checkpoints.wait()
         summary = loop.last_metrics | (flat(loop.evaluations) if loop.evaluations else {})
     dtype = getattr(torch, stage.export_dtype)
     weights = policy.exchange.gather(getattr(torch, stage.train.dtype))
@@ -97,6 +99,7 @@ class GrpoLoop:
         with model.open() as reader:
             policy.exchange.load(reader.read)
         self.reference = policy.host_copy() if stage.objective.kl_coef > 0 else None
+        self.checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.last_metrics: dict[str, Any] = {}
         self._synced = -1
@@ -225,14 +228,14 @@ class GrpoLoop:
 
     def save(self, update: int) -> None:
         """Write a checkpoint that `restore` goes on from."""
-        checkpoint.save(self.policy, self.ctx.dir / "checkpoints" / f"update-{update:06d}", {"update": update}, self.reference)
+        self.checkpoints.save(f"update-{update:06d}", {"update": update}, self.reference)
 
     def restore(self) -> int:
         """Load the newest checkpoint if there is one; returns the update to go on with."""
-        folder = ranks.shared(lambda: checkpoint.newest(self.ctx.dir / "checkpoints"))
-        if folder is None:
+        state = self.checkpoints.restore(self.reference)
+        if state is None:
             return 0
-        update = int(checkpoint.load(self.policy, folder, self.reference)["update"])
+        update = int(state["update"])
         self.ctx.metrics.resume(update)
         return update
 

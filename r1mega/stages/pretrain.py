@@ -15,9 +15,8 @@ from r1mega.config.schema import Corpus, JsonlCorpus, Phase, Pretrain, TinyCorpu
 from r1mega.data import tiny
 from r1mega.data.packing import TokenSequence
 from r1mega.errors import UserError
-from r1mega.megatron import checkpoint
+from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
-from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout.open import open_engine
@@ -33,7 +32,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     policy = Policy(model.arch, ctx.layout, stage.train, stage.phases[0].optimizer, ctx.seed)
     policy.exchange.initialize(stage.init_std, ctx.seed)
     total = sum(phase.updates for phase in stage.phases)
-    update = done = _restore(ctx, policy)
+    checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
+    update = done = _restore(ctx, checkpoints)
     row: dict[str, float] = {}
     for phase, start in zip(stage.phases, accumulate((phase.updates for phase in stage.phases), initial=0), strict=False):
         documents = _documents(phase.corpus, max(0, done - start) * phase.documents_per_update)
@@ -43,7 +43,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
             ctx.metrics.write({"update": update} | row)
             ctx.progress.update(update, total, {"loss": row["loss"]})
             if stage.save_every and update % stage.save_every == 0 and update < total:
-                checkpoint.save(policy, ctx.dir / "checkpoints" / f"update-{update:06d}", {"update": update}, None)
+                checkpoints.save(f"update-{update:06d}", {"update": update}, None)
+            checkpoints.poll()
+    checkpoints.wait()
     dtype = getattr(torch, stage.export_dtype)
     weights = policy.exchange.gather(getattr(torch, stage.train.dtype))
     # What is measured is what is shipped: the weights in the dtype of the files.
@@ -56,11 +58,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return flat(measured) if measured else {"loss": row["loss"]}
 
 
-def _restore(ctx: StageContext, policy: Policy) -> int:
-    folder = ranks.shared(lambda: checkpoint.newest(ctx.dir / "checkpoints"))
-    if folder is None:
+def _restore(ctx: StageContext, checkpoints: Checkpoints) -> int:
+    state = checkpoints.restore(None)
+    if state is None:
         return 0
-    done = int(checkpoint.load(policy, folder, None)["update"])
+    done = int(state["update"])
     ctx.metrics.resume(done)
     return done
 
