@@ -1,20 +1,12 @@
 """The tables against the real thing: names and shapes of Megatron's own GPTModel, rank by rank."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import megatron_shapes
 import pytest
 from test_weights_families import FAMILIES, small
 from test_weights_table import V3_CONFIG, tiny_config
 
-from r1mega.config.layout import Layout
-from r1mega.weights.architecture import Architecture
-from r1mega.weights.placement import Spelling, placement
-
 pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.lane
 
 V3_LAYOUTS = [
     ({}, 1),
@@ -40,23 +32,12 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def built():
-    """Everything that Megatron builds for CASES, from one process."""
+def found():
+    """The differences from what Megatron builds for CASES, from one process."""
     cases = [{"config": config, "layout": layout, "world": world, "ranks": list(ranks)} for config, layout, world, ranks in CASES.values()]
-    command = [sys.executable, "-m", "tests.megatron_shapes"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, input=json.dumps(cases), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout[done.stdout.index('{"mtp_layer"') :])
+    return dict(zip(CASES, megatron_shapes.finish(megatron_shapes.start(cases)), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_parameter_of_megatron(built, name):
-    config, layout, world, ranks = CASES[name]
-    found = built["cases"][list(CASES).index(name)]
-    assert isinstance(found, list), found
-    arch, spelling = Architecture.from_hf(config), Spelling("local", built["mtp_layer"])
-    for rank, shapes in zip(ranks, found, strict=True):
-        placed = placement(arch, Layout(**layout), world, rank, spelling)
-        assert {f"{p.chunk} {p.name}": list(p.shape) for p in placed} == shapes, f"rank {rank}"
+def test_every_parameter_of_megatron(found, name):
+    assert found[name] == [[] for _ in CASES[name][3]]
