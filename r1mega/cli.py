@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -88,6 +89,42 @@ def _eval(options: argparse.Namespace) -> int:
     print(json.dumps(metrics, indent=2))
     if options.json:
         write_json(options.json, metrics)
+    return 0
+
+
+def _declare_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder, or Megatron distributed checkpoint")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to make")
+    parser.add_argument("--to", choices=("hf", "megatron"), help="format of DST (default: the one that SRC does not have)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the one in config.json)")
+    parser.add_argument("--fp8", action="store_true", help="quantise what DeepSeek's checkpoints quantise, in blocks of 128 x 128")
+    parser.add_argument("--file-size", type=float, default=5.0, metavar="GB", help="largest file of DST (default: 5)")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face folder with the config.json, tokenizer or tensors SRC lacks"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="files that are written at a time (default: one per core, at most 8)")
+    parser.add_argument("--verify", action="store_true", help="read DST again before it gets its name, and compare checksums")
+    parser.add_argument("--dry-run", action="store_true", help="check SRC and say what would be written")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from rich.filesize import decimal
+
+    from r1mega.report.progress import bytes_bar
+    from r1mega.weights import convert
+
+    if options.file_size <= 0 or (options.processes or 1) < 1:
+        raise UserError("--file-size and --processes must be positive")
+    settings = (options.to, options.dtype, options.fp8, int(options.file_size * 1e9), options.model)
+    plan = convert.plan(convert.conversion(options.source, options.target, *settings))
+    print(f"{options.target}: {plan.conversion.to}, {plan.conversion.stored_as}, {decimal(plan.nbytes)} in {len(plan.files)} files")
+    if options.dry_run:
+        print(*(f"  {file.name}  {decimal(plan.size(file))}" for file in plan.files), sep="\n")
+        return 0
+    begin = time.monotonic()
+    with bytes_bar("converting", plan.nbytes) as report:
+        convert.convert(plan, options.processes or convert.cores(), options.verify, report)
+    print(f"done in {time.monotonic() - begin:.1f} s")
     return 0
 
 
@@ -189,6 +226,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
+    "convert": ("from Hugging Face to Megatron and back, to another dtype or to block FP8", _declare_convert, _convert),
     "audit": ("what a model folder holds and what is wrong with it, or what the ranks of a layout hold", _declare_audit, _audit),
     "explain": ("what a key of a recipe means, or the keys below it", _declare_explain, _explain),
 }

@@ -1,7 +1,6 @@
 """A Hugging Face model folder: what a stage starts from and what it leaves behind."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +15,7 @@ from r1mega.weights.architecture import Architecture
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_io import Reader
-from r1mega.weights.safetensors_out import Encoding, save
-
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
 
 
 class ModelFolder:
@@ -88,12 +78,7 @@ class ModelFolder:
             values: canonical tensors by name.
             dtype: dtype of the files; what checkpoints keep in float32 stays so.
         """
-        for name in _SIDE_FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, target / name)
-        config = {key: value for key, value in self.config.items() if key not in ("quantization_config", "torch_dtype")}
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        copy_side_files(self.path, target, Encoding(dtype))
         wanted = [tensor for tensor in canonical(self.arch) if tensor.copy_of is None]
         untouched = [tensor for tensor in wanted if tensor.name not in values]
         if untouched:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,9 +14,9 @@ import torch
 from r1mega.errors import UserError
 from r1mega.weights import fp8
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import Tensor, canonical
 from r1mega.weights.safetensors_io import INDEX, SCALE, Reader, headers, specs_of
+from r1mega.weights.safetensors_out import strips
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STRIP_VALUES = 16 * 2**20
@@ -129,7 +129,8 @@ def inspect(folder: Path) -> Findings:
     UserError when the files themselves are damaged, or their index is not of them.
     """
     expected = {tensor.name: tensor for tensor in canonical(Architecture.from_hf(read_config(folder)))}
-    found = Findings(duplicated=_duplicated(folder))
+    shards = _shards(folder)
+    found = Findings(duplicated=[f"{name} in {' and '.join(files)}" for name, files in shards.items() if len(files) > 1])
     if found.duplicated:
         return found
     with Reader(folder) as reader:
@@ -139,6 +140,8 @@ def inspect(folder: Path) -> Findings:
             digests[name], finite = _digest(reader, name, expected[name].shape)
             if not finite:
                 found.non_finite.append(name)
+    named = {file for files in shards.values() for file in files}
+    found.unexpected += sorted(f"file {path.name}" for path in folder.glob("*.safetensors") if path.name not in named)
     by_digest: dict[str, list[str]] = defaultdict(list)
     for name, digest in digests.items():
         source = expected[name].copy_of
@@ -150,11 +153,12 @@ def inspect(folder: Path) -> Findings:
     return found
 
 
-def _duplicated(folder: Path) -> list[str]:
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """The shards that each tensor stands in."""
     shards: dict[str, list[str]] = defaultdict(list)
     for stored in headers(folder):
         shards[stored.name].append(stored.shard)
-    return [f"{name} in {' and '.join(names)}" for name, names in shards.items() if len(names) > 1]
+    return shards
 
 
 def _compare(reader: Reader, expected: Mapping[str, Tensor], found: Findings) -> list[str]:
@@ -178,14 +182,8 @@ def _compare(reader: Reader, expected: Mapping[str, Tensor], found: Findings) ->
 def _digest(reader: Reader, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
     """(digest of the values in float32, whether all are finite)."""
     digest, finite = hashlib.blake2b(repr(shape).encode(), digest_size=16), True
-    for box in _strips(shape):
+    for box in strips(shape, _STRIP_VALUES):
         values = reader.read(name, box).float()
         finite = finite and bool(values.isfinite().all())
         digest.update(values.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest(), finite
-
-
-def _strips(shape: tuple[int, ...]) -> Iterator[Box]:
-    rows = max(1, _STRIP_VALUES // max(1, prod(shape[1:])))
-    for first in range(0, shape[0], rows):
-        yield Box((first, *(0,) * (len(shape) - 1)), (min(first + rows, shape[0]), *shape[1:]))

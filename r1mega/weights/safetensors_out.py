@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from r1mega.errors import UserError
@@ -25,6 +26,20 @@ from r1mega.weights.safetensors_io import DTYPES, INDEX, Stored, specs_of
 
 Read = Callable[[str, Box], Tensor]
 """A region of a canonical tensor, by the tensor's name."""
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What a model folder holds beside its weights. Code is never copied."""
 
 SHARD_BYTES = 5_000_000_000
 STRIP_VALUES = 16 * 2**20
@@ -101,6 +116,13 @@ def write_shard(path: Path, tensors: Sequence[Canonical], encoding: Encoding, re
     return checksums
 
 
+def read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one safetensors file, mapped."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            yield name, file.get_tensor(name)
+
+
 def _encoded(values: Tensor, specs: Sequence[Stored]) -> tuple[Tensor, ...]:
     return (values.to(DTYPES[specs[0].dtype]),) if len(specs) == 1 else fp8.quantise(values)
 
@@ -132,6 +154,26 @@ def save(folder: Path, arch: Architecture, values: Mapping[str, Tensor], encodin
     for shard in planned:
         write_shard(folder / shard.name, shard.tensors, encoding, reader_of(values))
     write_index(folder, planned, encoding)
+
+
+def copy_side_files(source: Path, target: Path, encoding: Encoding) -> None:
+    """Configuration, which is told how the weights are stored now, and tokenizer."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    config = restated(json.loads((source / "config.json").read_text(encoding="utf-8")), encoding)
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def restated(config: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
+    """A config.json whose words on dtype and quantisation are those of an encoding."""
+    found = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype", "dtype")}
+    found["dtype"] = str(encoding.dtype).removeprefix("torch.")
+    if encoding.block_fp8:
+        found["quantization_config"] = {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        }  # fmt: skip
+    return found
 
 
 @contextmanager
