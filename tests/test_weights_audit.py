@@ -9,7 +9,8 @@ from test_weights_plan import random_tensors
 from test_weights_table import V3_CONFIG, tiny, tiny_config
 
 from r1mega.errors import UserError
-from r1mega.weights.audit import Figures, figures, inspect, read_config
+from r1mega.weights.audit import Figures, figures, has_weights, inspect, read_config, stored_figures
+from r1mega.weights.safetensors_io import Reader
 from r1mega.weights.safetensors_out import Encoding, save
 
 
@@ -67,6 +68,52 @@ def test_everything_that_is_wrong_is_found(folder):
         f"identical: {expert.format(2)} = {expert.format(5)}",
         "differs from the tensor it copies: model.layers.5.shared_head.head.weight",
     ]
+
+
+def test_scales_are_compared_and_read(tmp_path):
+    save(tmp_path, tiny(), random_tensors(tiny()), Encoding(torch.bfloat16, block_fp8=True))
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.3.self_attn.{}.weight"
+    del tensors[name.format("o_proj") + "_scale_inv"]
+    tensors[name.format("q_a_proj") + "_scale_inv"] = torch.ones(2, 1)
+    tensors["model.norm.weight_scale_inv"] = torch.ones(1, 1)
+    tensors[name.format("kv_b_proj") + "_scale_inv"][0, 0] = torch.inf
+    tensors[name.format("q_b_proj")].view(torch.uint8)[1, 2] = 0x7F
+    save_file(tensors, path)
+    assert inspect(tmp_path).lines() == [
+        f"missing: {name.format('o_proj')}_scale_inv",
+        "unexpected: model.norm.weight_scale_inv",
+        f"wrong shape: {name.format('q_a_proj')}_scale_inv [2, 1], config.json says [1, 1]",
+        f"not finite: {name.format('q_b_proj')}",
+        f"not finite: {name.format('kv_b_proj')}",
+    ]
+
+
+def test_tensors_in_two_shards_and_shards_that_no_index_names(tmp_path):
+    save(tmp_path, tiny(), random_tensors(tiny()), Encoding(torch.float32), shard_bytes=20_000)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    assert inspect(tmp_path).lines() == []
+    save_file({"model.norm.weight": torch.ones(24)}, tmp_path / "old.safetensors")
+    assert inspect(tmp_path).lines() == ["unexpected: file old.safetensors"]
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    twice = next(iter(load_file(second)))
+    save_file({**load_file(first), twice: load_file(second)[twice]}, first)
+    assert inspect(tmp_path).lines() == [f"duplicated: {twice} in {first.name} and {second.name}"]
+    with pytest.raises(UserError, match=f"{twice} is also in {first.name}"):
+        Reader(tmp_path)
+
+
+def test_counts_of_a_folder(folder):
+    assert stored_figures(folder) == figures({**tiny_config(torch_dtype="float32"), "quantization_config": None})
+
+
+def test_weights_that_are_pickles_are_not_opened(tmp_path):
+    assert not has_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds pytorch_model\.bin and no safetensors; pickles are never read"):
+        has_weights(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "is missing"), ("{", "is not JSON"), ("[]", "must hold a JSON object")])

@@ -105,12 +105,10 @@ def test_spans():
     assert spans([0, 1, 2, 3, 8, 10, 11]) == "0-3, 8, 10-11" and spans([]) == ""
 
 
-megatron = pytest.importorskip("megatron.core")
-
-
 @pytest.fixture(scope="module")
 def found():
     """Differences of the lowest and the highest rank of every class of every layout: other tp, cp, ep and pp coordinates of one class."""
+    pytest.importorskip("megatron.core")
     cases = [_case(name, sorted({rank for one in classes(name) for rank in (one.ranks[0], one.ranks[-1])})) for name in SHIPPED]
     return dict(zip(SHIPPED, megatron_shapes.finish(megatron_shapes.start(cases)), strict=True))
 
@@ -126,6 +124,7 @@ def test_every_rank_class_of_megatron(found, name):
 @pytest.mark.lane
 def test_all_1024_ranks_of_megatron():
     """Not one rank of a class but all of them, in two processes."""
+    pytest.importorskip("megatron.core")
     started = [megatron_shapes.start([_case("bridge_1024", list(range(first, 1024, 2)))]) for first in (0, 1)]
     for process in started:
         (differences,) = megatron_shapes.finish(process, timeout=900)
@@ -139,6 +138,7 @@ def _case(name, ranks):
 
 @pytest.mark.lane
 def test_every_kind_of_difference_is_named():
+    pytest.importorskip("megatron.core")
     from r1mega.megatron.shapes import BuiltRank, differences
 
     arch, layout = tiny(), Layout(pp=2, ep=2)
