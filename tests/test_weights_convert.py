@@ -27,7 +27,10 @@ from r1mega.weights.safetensors_out import Encoding, restated, save
 CONFIGS = {"deepseek_v3": tiny_config(), **{name: small(config) for name, config in FAMILIES.items() if name != "deepseek_v3"}}
 
 
-def make(folder: Path, config: dict, encoding: Encoding = Encoding(torch.bfloat16), shard_bytes: int = 10**9) -> Path:
+BF16 = Encoding(torch.bfloat16)
+
+
+def make(folder: Path, config: dict, encoding: Encoding = BF16, shard_bytes: int = 10**9) -> Path:
     arch = Architecture.from_hf(config)
     folder.mkdir()
     save(folder, arch, random_tensors(arch), encoding, shard_bytes)

@@ -11,7 +11,6 @@ import json
 import mmap
 import pickle
 import zipfile
-import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,9 +122,7 @@ class DistReader:
         if name not in self._files:
             path = self.folder / name
             try:
-                with open(path, "rb") as file:
-                    # Private, so that torch gets memory it may believe to be writable.
-                    self._files[name] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                self._files[name] = _mapped(path)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}, which {METADATA} names, cannot be read ({error})") from None
         return self._files[name]
@@ -312,7 +309,7 @@ class DistFile:
 
 @dataclass(frozen=True)
 class Written:
-    """Where a chunk lies, and the CRC-32 of its values."""
+    """Where a chunk lies."""
 
     key: str
     start: tuple[int, ...]
@@ -320,7 +317,6 @@ class Written:
     dtype: str
     offset: int
     length: int
-    checksum: int
 
 
 def dist_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, file_bytes: int) -> list[DistFile]:
@@ -375,30 +371,30 @@ def write_file(path: Path, chunks: Sequence[Chunk], read: Read) -> list[Written]
                 file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
                 offset = file.tell()
                 torch.save(values, file)
-                written.append(
-                    Written(
-                        chunk.tensor.key, chunk.box.start, chunk.box.shape, str(chunk.dtype).removeprefix("torch."),
-                        offset, file.tell() - offset, checksum(values),
-                    )
-                )  # fmt: skip
+                dtype = str(chunk.dtype).removeprefix("torch.")
+                written.append(Written(chunk.tensor.key, chunk.box.start, chunk.box.shape, dtype, offset, file.tell() - offset))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return written
 
 
-def read_file(path: Path, written: Sequence[Written]) -> Iterator[tuple[tuple[str, tuple[int, ...]], Tensor]]:
-    """Every chunk of one `.distcp` file, mapped, by key and start."""
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+def check_file(path: Path, written: Sequence[Written]) -> None:
+    """Read a `.distcp` file again: every archive holds the CRC-32 of what was written. UserError for the first that differs."""
+    mapped = _mapped(path)
     for entry in written:
-        described, start, nbytes = _archive(mapped, entry.offset, entry.length)
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=start)
-        yield (entry.key, tuple(entry.start)), flat.view(described.dtype).view(described.shape)
+        try:
+            with zipfile.ZipFile(_Window(mapped, entry.offset, entry.length)) as archive:
+                damaged = archive.testzip()
+        except zipfile.BadZipFile as error:
+            damaged = str(error)
+        if damaged is not None:
+            raise UserError(f"{path}: {entry.key} reads back differently from what was written; the disk is not to be trusted")
 
 
-def checksum(values: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor."""
-    return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data)
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        # Private, so that torch gets memory it may believe to be writable.
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def write_metadata(folder: Path, tensors: Sequence[StoredTensor], written: Sequence[tuple[str, Sequence[Written]]]) -> None:
