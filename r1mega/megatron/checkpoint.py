@@ -94,7 +94,8 @@ class Checkpoints:
     def _failed(self, error: CheckpointException | OSError) -> UserError:
         causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         why = " ".join(str(causes[0]).split()) if causes else "see the log of rank 0"
-        return UserError(f"{self._folder / self._writing}: the checkpoint could not be written: {why}")
+        free = shutil.disk_usage(self._folder).free if self._folder.exists() else 0
+        return UserError(f"{self._folder / self._writing}: the checkpoint could not be written: {why}; {free:,} bytes are free there")
 
     def _begin(self, name: str) -> Path:
         """A fresh folder for the files, on every rank. A killed run's writer may still be busy in one of its own."""
@@ -131,7 +132,7 @@ def newest(parent: Path) -> Path | None:
 def load(policy: Policy, folder: Path, reference: list[Tensor] | None) -> dict[str, Any]:
     """Fill the policy, its optimizer and, in place, the reference; returns the saved state. Errors are those of `restore`."""
     saved = _read_state(folder)
-    _give_states(policy.optimizer)
+    _give_states(policy.optimizer, saved["steps"])
     tensors: dict[str, Any] = {}
 
     def take_out(value: Any) -> Any:
@@ -186,7 +187,7 @@ def check(folder: Path, tensors: Mapping[str, Any]) -> None:
     for problem, _ in found:
         if problem:
             raise UserError(problem)
-    unexpected = set(_stored_shapes(folder)).difference(*(keys for _, keys in found))
+    unexpected = _stored_shapes(folder).keys() - set().union(*(keys for _, keys in found))
     if unexpected:
         raise UserError(f"{folder}: not a checkpoint of this model, which has no {_first(unexpected)}")
 
@@ -231,25 +232,25 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()}
 
 
-def _give_states(optimizer: Any) -> None:
+def _give_states(optimizer: Any, steps: int) -> None:
     """Zero states for torch's AdamW, which has none before its first step; Megatron-Core describes what it finds."""
     for inner in _inner(optimizer):
         if isinstance(inner, torch.optim.AdamW):
             for group in inner.param_groups:
                 for parameter in group["params"]:
                     if not inner.state[parameter]:
-                        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                        inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+                        inner.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    _set_steps(optimizer, steps)
 
 
 def _set_steps(optimizer: Any, steps: int) -> None:
     """The count behind Adam's bias correction: torch keeps one for each parameter, Transformer Engine and Apex one for each group."""
     for inner in _inner(optimizer):
-        for state in inner.state.values():
-            if "step" in state:
-                # A tensor for each: AdamW would count a shared one up once for every parameter.
+        if isinstance(inner, torch.optim.AdamW):
+            for state in inner.state.values():
+                # A tensor for each: AdamW would count a shared one, which is what Megatron-Core loads, up once for every parameter.
                 state["step"] = torch.tensor(float(steps))
-        if not isinstance(inner, torch.optim.AdamW):
+        else:
             for group in inner.param_groups:
                 group["step"] = steps
 
@@ -277,8 +278,7 @@ def describe(policy: Policy, reference: list[Tensor] | None, is_loading: bool) -
     found: dict[str, Any] = {}
     for index, chunk in enumerate(policy.chunks):
         found[f"model{index}"] = _tensors(chunk.sharded_state_dict(metadata=metadata()))
-    model = {key: value for part in found.values() for key, value in part.items()}
-    found["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata())
+    found["optimizer"] = policy.optimizer.sharded_state_dict(dict(found), is_loading=is_loading, metadata=metadata())
     if reference is not None:
         with policy.holding(reference):
             for index, chunk in enumerate(policy.chunks):
