@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from r1mega import env
+from r1mega.config.layout import Layout
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
 from r1mega.pipeline import artifacts, files, rundir
@@ -101,6 +102,16 @@ def test_another_configuration_is_refused_and_fresh_deletes_the_run(tmp_path: Pa
     with claimed(path, recipe(model, seed=2), fresh=True) as (run, _):
         assert run.finished() == {} and RunDirectory.open(path).recipe.seed == 2
         assert not (path / "stages").exists()
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_layout(tmp_path: Path, model: Path) -> None:
+    before = recipe(model)
+    after = before.model_copy(update={"layout": Layout(ep=2), "run": before.run.model_copy(update={"ranks": 2})})
+    with claimed(tmp_path / "run", before, fresh=False) as (run, _):
+        run_all(run)
+    with claimed(tmp_path / "run", after, fresh=False) as (run, _):
+        assert list(run.finished()) == ["zero", "check"]
+        assert RunDirectory.open(tmp_path / "run").recipe == after
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, model: Path) -> None:

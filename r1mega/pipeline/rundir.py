@@ -85,7 +85,7 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
         The directory, and the descriptor of its lock. A child that inherits the descriptor keeps the lock while it lives.
 
     Raises:
-        UserError: the folder holds something else, another configuration, or is in use.
+        UserError: the folder holds something else, another configuration (but for ranks and layout), or is in use.
     """
     _check_belongs(path, recipe, fresh)
     path.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,9 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
         _check_belongs(path, recipe, fresh)
         if fresh:
             _clear(path)
-        if not (path / "resolved.yaml").exists():
-            files.write_atomic(path / "resolved.yaml", dump_resolved(recipe))
+        resolved = dump_resolved(recipe)
+        if not (path / "resolved.yaml").exists() or (path / "resolved.yaml").read_text(encoding="utf-8") != resolved:
+            files.write_atomic(path / "resolved.yaml", resolved)
         yield RunDirectory(path, recipe), lock
     finally:
         os.close(lock)
@@ -138,8 +139,13 @@ def _check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _ordered(recipe: Recipe) -> dict[str, Any]:
+    """What must stay for a run to go on. The number of its ranks and their layout need not: a checkpoint loads under any."""
+    plain = recipe.model_dump()
+    del plain["layout"], plain["run"]["ranks"]
+    for stage in plain["stages"].values():
+        del stage["layout"]
     # Stages run in the order of the file, which comparing dictionaries does not see.
-    return recipe.model_dump() | {"order of stages": list(recipe.stages)}
+    return plain | {"order of stages": list(recipe.stages)}
 
 
 def _clear(path: Path) -> None:
