@@ -30,7 +30,7 @@ def start(cases: Sequence[dict[str, Any]]) -> "subprocess.Popen[str]":
     return process
 
 
-def finish(process: "subprocess.Popen[str]", timeout: float = 300) -> list[list[list[str]] | str]:
+def finish(process: "subprocess.Popen[str]", timeout: float = 600) -> list[list[list[str]] | str]:
     """What a started program found, case by case."""
     try:
         out, err = process.communicate(timeout=timeout)
