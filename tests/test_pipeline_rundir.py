@@ -218,3 +218,52 @@ def test_tensorboard_gets_every_scalar_once_after_a_resume(tmp_path: Path) -> No
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(n, float(n)) for n in range(1, 6)]
+
+
+def test_a_run_that_left_nothing_makes_room_for_another_configuration(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "run"
+    with claimed(path, recipe(model), fresh=False) as (run, _):
+        run.write_summary("failed")
+        run.stage_dirs["zero"].mkdir(parents=True)
+        (run.stage_dirs["zero"] / "metrics.jsonl").touch()
+        run.logs.mkdir()
+        (run.logs / "rank0.log").write_text("refused")
+    with claimed(path, recipe(model, seed=2), fresh=False) as (run, _):
+        assert RunDirectory.open(path).recipe.seed == 2
+        assert not (path / "stages").exists() and (path / "logs/rank0.log").read_text() == "refused"
+
+
+@pytest.mark.parametrize("left", ["stages/01-zero/metrics.jsonl", "stages/01-zero/checkpoints/update-000016/part", "notes.txt"])
+def test_a_run_that_left_anything_keeps_its_folder(tmp_path: Path, model: Path, left: str) -> None:
+    path = tmp_path / "run"
+    with claimed(path, recipe(model), fresh=False):
+        (path / left).parent.mkdir(parents=True, exist_ok=True)
+        (path / left).write_text("x")
+    before = (path / "resolved.yaml").read_text()
+    with pytest.raises(UserError, match="'seed' was 1, is now 2"), claimed(path, recipe(model, seed=2), fresh=False):
+        pass
+    assert (path / left).read_text() == "x" and (path / "resolved.yaml").read_text() == before
+
+
+def test_a_checkpoint_that_is_a_link_is_kept(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "run"
+    with claimed(path, recipe(model), fresh=False):
+        (path / "stages" / "01-zero").mkdir(parents=True)
+        (path / "stages" / "01-zero" / "checkpoints").symlink_to(model)
+    with pytest.raises(UserError, match="'seed' was 1, is now 2"), claimed(path, recipe(model, seed=2), fresh=False):
+        pass
+
+
+@pytest.mark.parametrize("folder", ["model/config.json/run", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, model: Path, folder: str) -> None:
+    with pytest.raises(UserError, match=r"the run cannot be written there \(.+\); choose another folder with -o"):
+        with claimed(tmp_path / folder, recipe(model), fresh=False):
+            pass
+
+
+def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "metrics.json", "--json")
+    assert list(tmp_path.iterdir()) == []
+    for path, message in [(tmp_path, "is a folder"), (tmp_path / "no" / "x.json", "cannot be written"), (Path("/"), "is a folder")]:
+        with pytest.raises(UserError, match=f"^--json {path}: {message}"):
+            files.check_writable(path, "--json")

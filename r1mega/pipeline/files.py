@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from r1mega.errors import UserError
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a run started after a crash, sees all of it or what was there before."""
@@ -17,6 +19,18 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Find out before any work whether `write_atomic` will be able to write a file; UserError says what `what` is wrong with."""
+    if path.is_dir():
+        raise UserError(f"{what} {path}: is a folder; name a file")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{what} {path}: cannot be written ({error.strerror})") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,10 @@ resolved.yaml            the whole configuration
 summary.json             {"recipe", "status", "stages": [{"name", "kind", "wall_s", "metrics"}]}
 logs/                    what ranks and their launcher print
 stages/<nn>-<name>/      metrics.jsonl, artifact/, and provenance.json once the stage is finished
+
+A folder belongs to the configuration it was started with as soon as any file below stages/ holds a byte: a row of metrics, a checkpoint,
+an artifact, the record of a finished stage. A run that was refused or stopped before that left nothing to lose, and the next
+configuration takes its folder over; the logs stay and are appended to.
 """
 
 import fcntl
@@ -24,6 +28,7 @@ from r1mega.pipeline.artifacts import Provenance, check_model
 
 _LOCK = ".lock"
 _DELETED = ".deleted"
+_OURS = frozenset({_LOCK, _DELETED, "resolved.yaml", "summary.json", "logs", "stages"})
 _ENDING_S = 20.0
 
 
@@ -85,22 +90,40 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
         The directory, and the descriptor of its lock. A child that inherits the descriptor keeps the lock while it lives.
 
     Raises:
-        UserError: the folder holds something else, another configuration (but for ranks and layout), or is in use.
+        UserError: the folder holds something else, results of another configuration (but for ranks and layout), is in use, or cannot
+            be written.
     """
-    _check_belongs(path, recipe, fresh)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    check_belongs(path, recipe, fresh)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unusable(path, error) from None
     try:
         _wait_for(lock, path)
-        _check_belongs(path, recipe, fresh)
-        if fresh:
-            _clear(path)
-        resolved = dump_resolved(recipe)
-        if not (path / "resolved.yaml").exists() or (path / "resolved.yaml").read_text(encoding="utf-8") != resolved:
-            files.write_atomic(path / "resolved.yaml", resolved)
+        check_belongs(path, recipe, fresh)
+        try:
+            _prepare(path, recipe, fresh)
+        except OSError as error:
+            raise _unusable(path, error) from None
         yield RunDirectory(path, recipe), lock
     finally:
         os.close(lock)
+
+
+def _prepare(path: Path, recipe: Recipe, fresh: bool) -> None:
+    """Remove what does not belong to the recipe and write its `resolved.yaml`. The caller holds the lock and has checked the folder."""
+    if fresh:
+        _clear(path)
+    elif not _has_results(path):
+        shutil.rmtree(path / "stages", ignore_errors=True)
+    resolved = dump_resolved(recipe)
+    if not (path / "resolved.yaml").exists() or (path / "resolved.yaml").read_text(encoding="utf-8") != resolved:
+        files.write_atomic(path / "resolved.yaml", resolved)
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: the run cannot be written there ({error.strerror}); choose another folder with -o")
 
 
 def _wait_for(lock: int, path: Path) -> None:
@@ -115,10 +138,19 @@ def _wait_for(lock: int, path: Path) -> None:
         time.sleep(0.1)
 
 
-def _check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; choose another folder with -o")
-    content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if path.exists() else set()
+def check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
+    """Refuse a folder that a run of this recipe must not write into; changes nothing.
+
+    Raises:
+        UserError: the folder holds something else, or results of another configuration.
+    """
+    try:
+        exists = path.exists()
+        if exists and not path.is_dir():
+            raise UserError(f"{path} is a file; choose another folder with -o")
+        content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if exists else set()
+    except OSError as error:
+        raise _unusable(path, error) from None
     if not content:
         return
     if "resolved.yaml" not in content:
@@ -130,12 +162,18 @@ def _check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
     except UserError as error:
         raise UserError(f"{path} holds a run this version cannot read ({error}); choose another folder with -o, or --fresh") from None
     difference = first_difference(_ordered(before), _ordered(recipe))
-    if difference:
+    # Only where every name is ours: a resolved.yaml beside somebody's own files is not overwritten.
+    if difference and (_has_results(path) or not content <= _OURS):
         key, old, new = difference
         raise UserError(
             f"{path} holds a run with another configuration: '{key}' was {old}, is now {new}; "
             "choose another folder with -o, or --fresh to delete that run"
         )
+
+
+def _has_results(path: Path) -> bool:
+    """Whether anything below `stages` holds a byte, or is a link to where it might."""
+    return any(entry.is_symlink() or (entry.is_file() and entry.stat().st_size > 0) for entry in (path / "stages").rglob("*"))
 
 
 def _ordered(recipe: Recipe) -> dict[str, Any]:
