@@ -1,3 +1,3 @@
-"""r1mega: DeepSeek-R1's training, whole, on Megatron-Core and SGLang."""
+"""r1mega: Reasoning models by reinforcement learning, as DeepSeek-R1 was trained, on Megatron-Core."""
 
 __version__ = "0.1.0"

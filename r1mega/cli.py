@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `audit` returns 1 when it found something wrong.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="r1mega", description="DeepSeek-R1's training, whole, on Megatron-Core and SGLang.")
+    parser = argparse.ArgumentParser(prog="r1mega", description="Reasoning models by reinforcement learning, on Megatron-Core.")
     parser.add_argument("command", choices=_COMMANDS, help="; ".join(f"{name}: {text}" for name, (text, _, _) in _COMMANDS.items()))
     name = parser.parse_args(given[:1]).command
     text, declare, call = _COMMANDS[name]
@@ -73,8 +73,10 @@ def _declare_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from r1mega.config import suites
     from r1mega.pipeline.artifacts import check_model
-    from r1mega.pipeline.files import write_json
+    from r1mega.pipeline.files import check_writable, write_json
 
+    if options.json:
+        check_writable(options.json, "--json")
     suite = suites.find(options.suite)
     if options.samples is not None and options.samples < 1:
         raise UserError(f"--samples {options.samples}: expected at least 1")

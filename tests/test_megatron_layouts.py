@@ -42,7 +42,8 @@ FOUR = [
 CASES = {
     2: [
         *(Case("v3", layout, train) for layout in TWO for train in ({}, MTP)),
-        *(Case(model, layout) for model in ("moonlight", "v2") for layout in ({"ep": 2}, {"pp": 2}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2})),
+        *(Case(model, layout) for model in ("moonlight", "v2") for layout in ({"ep": 2}, {"pp": 2}, {"tp": 2, "ep": 2})),
+        *(Case(model, {"cp": 2, "ep": 2}) for model in ("moonlight", "v2")),
         *(Case(model, layout) for model in ("qwen", "llama") for layout in ({"tp": 2}, {"pp": 2}, {"cp": 2})),
         *(Case("v3", layout, MTP | {"recompute": "full"}) for layout in ({"tp": 2, "ep": 2}, {"pp": 2})),
         *(Case("v3", layout, MTP | {"recompute": "selective"}) for layout in ({"tp": 2, "ep": 2}, {"pp": 2})),

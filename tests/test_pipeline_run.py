@@ -135,7 +135,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(recipe: Path) 
         code, _, err = finish(process)
         wait_until(lambda: not alive(run), 60)
         if sign != signal.SIGKILL:
-            assert code == 128 + sign and "the same command goes on from here" in err and status(run) == "interrupted"
+            assert code == 128 + sign and "the same command goes on from the last checkpoint" in err and status(run) == "interrupted"
         (run / f"hold-{update}").unlink()
     code, _, err = finish(start(recipe))
     assert (code, err) == (0, "")

@@ -108,8 +108,8 @@ def test_numbers_and_what_is_none(judge: Judge) -> None:
         Verdict(None, "returned nan"),
         Verdict(None, "returned inf"),
         Verdict(None, "OverflowError: int too large to convert to float"),
-        Verdict(None, "KeyError: 'no such\\nthing'"),
-        Verdict(None, "SystemExit: 3"),
+        Verdict(None, "KeyError: 'no such\\nthing' (obedient.py, line 16)"),
+        Verdict(None, "SystemExit: 3 (obedient.py, line 18)"),
     ]
 
 
@@ -168,7 +168,7 @@ def test_a_dead_worker_costs_one_verdict(judge: Judge) -> None:
 
 
 def test_memory_is_bounded(judge: Judge) -> None:
-    assert obey(judge, "memory", "value 1") == [Verdict(None, "MemoryError:"), Verdict(1.0, None)]
+    assert obey(judge, "memory", "value 1") == [Verdict(None, "MemoryError: (obedient.py, line 33)"), Verdict(1.0, None)]
 
 
 def test_what_a_reward_started_is_killed_with_it(judge: Judge, tmp_path: Path) -> None:

@@ -92,9 +92,19 @@ def test_dapo_and_dr_grpo_are_settings(tmp_path: Path) -> None:
 def test_rewards_that_cannot_be_judged_stop_the_run(tmp_path: Path) -> None:
     # The measure is NaN for a bare guess, which most responses of the base are.
     override = "stages.zero.rewards.accuracy.function=r1mega.data.tiny.measures:consistency"
-    with pytest.raises(UserError, match=r"stage zero, update 0: \d+\.\d% of the rewards could not be judged.*first reason: accuracy: "):
+    with pytest.raises(UserError, match=r"stage zero, update 1: \d+\.\d% of the rewards could not be judged.*first reason: accuracy: "):
         run(tmp_path / "run", override, "stages.zero.evaluation=null")
     assert not (tmp_path / "run/stages/01-zero/artifact").exists()
+
+
+@pytest.mark.parametrize("key", ["judge", "measures.consistency"])
+def test_an_evaluation_whose_function_fails_is_no_result(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_judge.py").write_text("def judge(prompt, response):\n    raise ValueError('no idea')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    reason = rf"suite heldout: {key} could not judge 100.0% .* first reason: ValueError: no idea \(broken_judge.py, line 2\)"
+    with pytest.raises(UserError, match=reason):
+        run(tmp_path / "run", f"stages.zero.evaluation.suites.heldout.{key}=broken_judge:judge")
 
 
 def test_a_loss_that_is_not_finite_is_not_applied_and_its_batch_is_kept(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def _apply(data: dict[Any, Any], override: Override) -> None:
             node[key] = override.value
             return
         if isinstance(node, dict) and node.get(key) is None:
+            if parents[:depth] == ["stages"]:
+                raise UserError(f"override {override.text!r}: there is no stage {key!r}; the stages are {', '.join(map(str, node))}")
             node[key] = {}
         node = node[key]
 
@@ -127,9 +129,14 @@ def _first_error(cls: type[Closed], errors: list[ErrorDetails], source: str, ove
     """One line for the error that most likely caused the others: an unknown key before a missing one."""
     error = min(errors, key=lambda found: found["type"] != "extra_forbidden")
     path, text = _describe(cls, error)
-    override = next((override for override in overrides if override.covers(path)), None)
+    override = next((found for found in reversed(overrides) if found.covers(path) or _made(found, error, path)), None)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{f'override {override.text!r}' if override else source}: {text}{more}"
+
+
+def _made(override: Override, error: ErrorDetails, path: str) -> bool:
+    """Whether an override of a key below is the likelier cause than the file, which was right as it was shipped."""
+    return error["type"] in ("extra_forbidden", "value_error") and override.path.startswith(path + ".")
 
 
 def _describe(cls: type[Closed], error: ErrorDetails) -> tuple[str, str]:

@@ -185,8 +185,10 @@ class Suite(Closed):
     k: int = Field(16, ge=1, description="samples per prompt")
     sampling: Sampling = Sampling()
     measures: dict[str, RewardFunction] = Field(
-        default_factory=dict, description="further means: name -> import path of `f(prompt, response) -> float`"
+        default_factory=dict,
+        description="further means: name -> import path of `f(prompt, response) -> float`; None or NaN: nothing to measure",
     )
+    not_judged_limit: float = Field(0.01, ge=0, le=1, description="the run stops when a larger share of the answers is not judged")
 
 
 class Gate(Closed):
@@ -259,7 +261,7 @@ class Pretrain(StageBase):
     train: PretrainTrain = PretrainTrain()
     evaluation: Evaluation | None = None
     gates: list[Gate] = Field(default_factory=list, description="bounds on the last evaluation, checked before the artifact is finished")
-    save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: none")
+    save_every: int = Field(100, ge=0, description="updates between the checkpoints that a run goes on from; 0: none")
     export_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the exported safetensors")
 
 
@@ -281,7 +283,7 @@ class Grpo(StageBase):
     optimizer: Optimizer
     train: Train = Train()
     evaluation: Evaluation | None = None
-    save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: none")
+    save_every: int = Field(10, ge=0, description="updates between the checkpoints that a run goes on from; 0: none")
     export_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the exported safetensors")
 
     @field_validator("rewards")
@@ -291,6 +293,13 @@ class Grpo(StageBase):
         if bad:
             raise ValueError(f"reward names are letters, digits and underscores, got {bad[0]!r}")
         return rewards
+
+    @model_validator(mode="after")
+    def _samples(self) -> "Grpo":
+        temperature = self.sampling.temperature
+        if min(temperature.values() if isinstance(temperature, dict) else [temperature]) <= 0:
+            raise ValueError("sampling.temperature must be above 0: greedy responses are all alike, so there is nothing to learn from")
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "Grpo":

@@ -15,7 +15,7 @@ from r1mega.config.loading import load_recipe
 from r1mega.errors import UserError
 from r1mega.pipeline import files
 from r1mega.pipeline.preflight import check_inputs
-from r1mega.pipeline.rundir import RunDirectory, claimed
+from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
 from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
@@ -40,8 +40,9 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
     """
     begin = time.monotonic()
     recipe = load_recipe(recipe_path, overrides)
-    check_inputs(recipe, recipe_path.parent.absolute())
     path = (run_dir or Path("runs") / recipe.name).absolute()
+    check_belongs(path, recipe, fresh)
+    check_inputs(recipe, recipe_path.parent.absolute())
     with claimed(path, recipe, fresh) as (directory, lock):
         if set(directory.finished()) == set(recipe.stages):
             print(f"all stages are finished: {path}")
@@ -54,7 +55,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         if code == 0:
             print(f"finished in {time.monotonic() - begin:.1f} s: {path}")
         elif stopped:
-            print(f"stopped by {signal.Signals(code - 128).name}; the same command goes on from here: {path}", file=sys.stderr)
+            name = signal.Signals(code - 128).name
+            print(f"stopped by {name}; the same command goes on from the last checkpoint: {path}", file=sys.stderr)
         else:
             _explain_failure(directory.logs)
         return code

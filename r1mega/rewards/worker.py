@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import resource
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from r1mega.rewards.imports import load_function
 
 Case = tuple[str, Prompt, str]
 """One call to make: the reward's name, the prompt and the response."""
+
+NO_VALUE = ("returned None", "returned nan")
+"""Reasons of verdicts where the function itself had nothing to say."""
 
 _LONGEST_REASON = 300
 """Characters. A verdict's line stays below PIPE_BUF (4,096 bytes), so that one `write` sends it whole."""
@@ -76,12 +80,14 @@ def _judge(function: Callable[[Prompt, str], Any], prompt: Prompt, response: str
         value = function(prompt, response)
         value = value.item() if hasattr(value, "item") else value  # NumPy's scalars
         if value is None:
-            return None, "returned None"
+            return None, NO_VALUE[0]
         if not isinstance(value, numbers.Real):
             return None, f"returned {type(value).__name__}, not a number"
         number = float(value)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may fail in any way
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        where = traceback.extract_tb(error.__traceback__)[1:]  # without the call above
+        return None, f"{reason} ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else reason
     return (number, None) if math.isfinite(number) else (None, f"returned {number}")
 
 

@@ -20,6 +20,7 @@ from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rewards.imports import load_function
 from r1mega.rewards.judge import Judge, Verdict
+from r1mega.rewards.worker import NO_VALUE
 from r1mega.rollout.ask import Question, Response, ask
 from r1mega.rollout.engine import Engine, SamplingParams
 from r1mega.rollout.open import open_engine
@@ -61,6 +62,7 @@ class Benchmark:
         assert self._judge is not None, "judging is rank 0's"
         flat = [(question.prompt, response) for question, group in zip(self.questions, groups, strict=True) for response in group]
         verdicts = self._judge.judge([(prompt, response.text) for prompt, response in flat])
+        self._check_judged("judge", [verdict["judge"].reason for verdict in verdicts])
         k = self.suite.k
         outcomes = [self._outcome(response, verdict) for (_, response), verdict in zip(flat, verdicts, strict=True)]
         lengths = [float(len(response.sample.response_ids)) for _, response in flat]
@@ -68,10 +70,21 @@ class Benchmark:
         measured["response_length"] = estimate(_means([lengths[start : start + k] for start in range(0, len(flat), k)]), self.seed)
         measured["truncated"] = statistics.fmean(response.sample.finish == "length" for _, response in flat)
         for key in self.suite.measures:
-            values = [verdict[f"measure_{key}"].value for verdict in verdicts]
+            found = [verdict[f"measure_{key}"] for verdict in verdicts]
+            self._check_judged(f"measures.{key}", [None if verdict.reason in NO_VALUE else verdict.reason for verdict in found])
+            values = [verdict.value for verdict in found]
             means = _means([[v for v in values[start : start + k] if v is not None] for start in range(0, len(flat), k)])
             measured[key] = estimate(means, self.seed) if means else None
         return measured
+
+    def _check_judged(self, key: str, reasons: Sequence[str | None]) -> None:
+        """A function that fails says nothing about the model."""
+        failed = [reason for reason in reasons if reason is not None]
+        if len(failed) > self.suite.not_judged_limit * len(reasons):
+            raise UserError(
+                f"suite {self.name}: {key} could not judge {len(failed) / len(reasons):.1%} of the answers, more than not_judged_limit="
+                f"{self.suite.not_judged_limit:g}; first reason: {failed[0]}"
+            )
 
     def _outcome(self, response: Response, verdict: Mapping[str, Verdict]) -> Outcome:
         value = verdict["judge"].value

@@ -176,7 +176,7 @@ class GrpoLoop:
         missing = rollout.rewards.isnan().float().mean().item()
         if missing > self.stage.not_judged_limit:
             raise UserError(
-                f"stage {self.ctx.name}, update {update}: {missing:.1%} of the rewards could not be judged, more than not_judged_limit="
+                f"stage {self.ctx.name}, update {update + 1}: {missing:.1%} of the rewards could not be judged, more than not_judged_limit="
                 f"{self.stage.not_judged_limit:g}; first reason: {rollout.reasons[0]}"
             )
 
@@ -237,6 +237,7 @@ class GrpoLoop:
             return 0
         update = int(state["update"])
         self.ctx.metrics.resume(update)
+        self.ctx.progress.note(f"{self.ctx.name}: goes on after update {update}, the last checkpoint")
         return update
 
 

@@ -64,6 +64,7 @@ def _restore(ctx: StageContext, checkpoints: Checkpoints) -> int:
         return 0
     done = int(state["update"])
     ctx.metrics.resume(done)
+    ctx.progress.note(f"{ctx.name}: goes on after update {done}, the last checkpoint")
     return done
 
 
