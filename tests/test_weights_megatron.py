@@ -16,6 +16,7 @@ V3_LAYOUTS = [
     ({"tp": 4, "pp": 2, "ep": 4, "cp": 2}, 16),
     ({"pp": 2, "vpp": 2, "ep": 2}, 4),
     ({"pp": 3, "pipeline": "E|tttt|tmL"}, 3),
+    ({"pp": 3, "ep": 2, "pipeline": "Ettt|tt|mL"}, 6),
     ({"pp": 2, "vpp": 2, "pipeline": "Ett|tt|t|mL"}, 2),
 ]
 DENSE_LAYOUTS = [({}, 1), ({"tp": 2}, 2), ({"tp": 4, "pp": 3}, 12), ({"pp": 3}, 3)]

@@ -48,7 +48,8 @@ def build_rank(arch: Architecture, layout: Layout, world_size: int, rank: int) -
         config = transformer_config(arch, layout, Train(mtp_loss=0.1 if arch.mtp_layers else 0.0))
         with torch.device("meta"):
             chunks = model.build(arch, layout, config)
-        decoders = [layer for chunk in chunks for layer in chunk.decoder.layers]
+        # A stage may hold an MTP layer and no decoder layer.
+        moe = (module for chunk in chunks for module in chunk.modules() if hasattr(module, "local_expert_indices"))
         return BuiltRank(
             shapes={key: tuple(weight.shape) for key, weight in model.named_weights(chunks).items()},
             layers={
@@ -56,12 +57,12 @@ def build_rank(arch: Architecture, layout: Layout, world_size: int, rank: int) -
                 for index, chunk in enumerate(chunks)
                 for local, layer in enumerate(chunk.decoder.layers)
             },
-            experts=next((tuple(layer.mlp.local_expert_indices) for layer in decoders if hasattr(layer.mlp, "local_expert_indices")), ()),
+            experts=next((tuple(module.local_expert_indices) for module in moe), ()),
         )
 
 
 def differences(placed: Sequence[LocalParam], built: BuiltRank) -> list[str]:
-    """One line for every parameter that the tables place and Megatron-Core does not have, or the other way round, or otherwise."""
+    """One line for every parameter that only one side has, or that has another shape, decoder layer or expert for Megatron-Core."""
     expected = {(param.chunk, param.name): param for param in placed}
     return [
         *(f"{_shown(key)}: placed, but not a parameter of Megatron-Core's" for key in sorted(expected.keys() - built.shapes.keys())),
