@@ -1,5 +1,6 @@
 """Saving under one layout and going on under another: what the ranks of test_megatron_checkpoint do."""
 
+import functools
 import json
 import time
 import traceback
@@ -145,6 +146,7 @@ def be_killed(folder: Path) -> None:
         steps(policy, 1, 1)
         write = filesystem_async._write_item
 
+        @functools.wraps(write)
         def slowly(*arguments: Any, **keywords: Any) -> Any:
             time.sleep(2)
             return write(*arguments, **keywords)

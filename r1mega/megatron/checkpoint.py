@@ -4,7 +4,8 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,8 @@ def describe(policy: Policy, reference: list[Tensor] | None, is_loading: bool) -
     found: dict[str, Any] = {}
     for index, chunk in enumerate(policy.chunks):
         found[f"model{index}"] = _tensors(chunk.sharded_state_dict(metadata=metadata()))
-    found["optimizer"] = policy.optimizer.sharded_state_dict(dict(found), is_loading=is_loading, metadata=metadata())
+    with _padding_counted(policy.optimizer):
+        found["optimizer"] = policy.optimizer.sharded_state_dict(dict(found), is_loading=is_loading, metadata=metadata())
     if reference is not None:
         with policy.holding(reference):
             for index, chunk in enumerate(policy.chunks):
@@ -287,6 +289,28 @@ def describe(policy: Policy, reference: list[Tensor] | None, is_loading: bool) -
                     sharded.data = sharded.data.detach().clone()  # the policy's own weights come back into these parameters
                 found[f"reference{index}"] = part
     return found
+
+
+@contextmanager
+def _padding_counted(optimizer: Any) -> Iterator[None]:
+    """Let the distributed optimizer find its own states.
+
+    Megatron-Core (0.16, 0.19) joins a buffer's buckets without the padding between them, and then looks for the parameters where they
+    stand with it. An embedding that two pipeline stages share has a bucket of its own: its states, main weights included, and
+    those of what follows were saved shifted by the padding, with a warning at most.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
+    spans = [(buffer, buffer.numel) for buffer in buffers]
+    spans += [(bucket, bucket.grad_data.numel()) for buffer in buffers for bucket in buffer.buckets]
+    before = [span.numel_unpadded for span, _ in spans]
+    for span, size in spans:
+        span.numel_unpadded = size
+    try:
+        yield
+    finally:
+        for (span, _), size in zip(spans, before, strict=True):
+            span.numel_unpadded = size
 
 
 def _tensors(part: Mapping[str, Any]) -> dict[str, Any]:
