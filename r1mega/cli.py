@@ -53,10 +53,11 @@ def _declare_check(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from r1mega.config.loading import dump_resolved, load_recipe
-    from r1mega.pipeline.preflight import check_inputs
+    from r1mega.pipeline.preflight import check_contents, check_references
 
     recipe = load_recipe(options.recipe, options.overrides)
-    check_inputs(recipe, options.recipe.parent.absolute())
+    check_references(recipe, options.recipe.parent.absolute())
+    check_contents(recipe)
     print(dump_resolved(recipe), end="")
     return 0
 

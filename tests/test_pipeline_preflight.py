@@ -1,13 +1,20 @@
 import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from r1mega.config.loading import load_recipe
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
-from r1mega.pipeline.preflight import check_inputs, check_layouts, model_folder
+from r1mega.pipeline.preflight import check_contents, check_layouts, check_references, model_folder
 
-CONFIG = Path(__file__).parent.parent / "configs" / "deepseek_v3" / "config.json"
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "deepseek_v3" / "config.json"
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def test_a_stage_is_followed_to_the_folder_its_model_comes_from(model: Path) -> 
 
 def test_functions_are_imported_from_the_recipe_s_folder(tmp_path: Path, model: Path) -> None:
     (tmp_path / "preflight_reward.py").write_text("def reward(prompt, response):\n    return 1.0\n\ndef one(response):\n    return 1.0\n")
-    check_inputs(recipe(model, "preflight_reward:reward"), tmp_path)
+    check_references(recipe(model, "preflight_reward:reward"), tmp_path)
     for function, message in [
         ("preflight_reward:nothing", "'stages.first.rewards.right.function': 'preflight_reward:nothing': preflight_reward has no function"),
         ("preflight_reward:one", "is called with (prompt, response) but is defined as one(response)"),
@@ -48,19 +55,131 @@ def test_functions_are_imported_from_the_recipe_s_folder(tmp_path: Path, model: 
         ("preflight_reward", "write module:function"),
     ]:
         with pytest.raises(UserError) as error:
-            check_inputs(recipe(model, function), tmp_path)
+            check_references(recipe(model, function), tmp_path)
         assert message in str(error.value)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"'stages.first.model': .* has no \*\.safetensors"):
-        check_inputs(recipe(model), tmp_path)
+        check_references(recipe(model), tmp_path)
 
 
-@pytest.mark.lane
 def test_layouts_are_checked_against_the_model_and_name_the_numbers(model: Path) -> None:
     assert json.loads(CONFIG.read_text())["n_routed_experts"] == 256
     check_layouts(recipe(model, run={"ranks": 2}, layout={"ep": 2}))
     with pytest.raises(UserError, match=r"^stages\.first: layout: ep=3 does not divide 256, experts$"):
         check_layouts(recipe(model, run={"ranks": 3}, layout={"ep": 3}))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The shipped recipe beside a copy of the shipped base, with prompts of its own."""
+    shutil.copytree(ROOT / "configs/tiny/base", tmp_path / "base")
+    shutil.copy(ROOT / "configs/tiny/r1_zero.yaml", tmp_path)
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "en 3 + 1 :"}\n' * 2 + '{"prompt": "en 4 + 1 + 5 :"}\n')
+    return tmp_path / "r1_zero.yaml"
+
+
+SUMS = ["stages.zero.evaluation=null", "stages.zero.prompts.split=all", "stages.zero.prompts.source={kind: jsonl, path: sums.jsonl}"]
+
+
+def refused(tiny: Path, *overrides: str) -> str:
+    """What a recipe with small prompts is refused with."""
+    recipe = load_recipe(tiny, [text.replace("sums.jsonl", str(tiny.with_name("sums.jsonl"))) for text in [*SUMS, *overrides]])
+    with pytest.raises(UserError) as error:
+        check_references(recipe, tiny.parent)
+        check_contents(recipe)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_shipped_recipe_passes_without_megatron() -> None:
+    code = (
+        "import sys; from pathlib import Path; from r1mega.config.loading import load_recipe; from r1mega.pipeline import preflight\n"
+        "path = Path('configs/tiny/r1_zero.yaml'); recipe = load_recipe(path)\n"
+        "preflight.check_references(recipe, path.parent); assert 'torch' not in sys.modules\n"
+        "preflight.check_contents(recipe); assert 'megatron.core' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.engine=sglang"], "rollout.engine=sglang is not available yet; use rollout.engine=local"),
+        (["stages.zero.train.fp8=blockwise"], "stages.zero: train.fp8=blockwise needs run.platform=cuda; on a CPU use fp8=none"),
+        (["stages.zero.train.mtp_loss=0.3", "stages.zero.model={no_mtp}"], "stages.zero: train.mtp_loss=0.3 needs a model with"),
+        (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
+        (["run.ranks=2", "layout.tp=2", "layout.ep=1"], "stages.zero: layout: tp=2 with ep x etp = 1"),
+        (["run.ranks=64", "layout.pp=64", "layout.ep=1"], "stages.zero: layout: pp x vpp = 64"),
+        (["run.ranks=2", "layout={pp: 2, pipeline: E|L}"], "stages.zero: layout: pipeline"),
+        (["stages.zero.sampling.max_new_tokens=100000"], "'stages.zero.prompts': sampling.max_new_tokens=100000 leaves no room"),
+        (["stages.zero.train.chunk_tokens=32"], "'stages.zero.train.chunk_tokens': 32 is less than the 40 tokens of the longest prompt"),
+        (["stages.zero.prompts.template=chat"], "'stages.zero.prompts': the tokenizer of"),
+        (
+            ["stages.zero.prompts.source={kind: tiny, task: running_sum, size: 3000000}"],
+            "'stages.zero.prompts': running_sum has 2000000 problems, 3000000 were asked for",
+        ),
+    ],
+)
+def test_what_the_recipe_alone_gets_wrong(tiny: Path, overrides: list[str], message: str) -> None:
+    shutil.copytree(tiny.parent / "base", tiny.parent / "no_mtp")
+    edit_config(tiny.parent / "no_mtp", num_nextn_predict_layers=0)
+    assert refused(tiny, *(text.replace("{no_mtp}", str(tiny.parent / "no_mtp")) for text in overrides)).startswith(message)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda base: (base / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda base: (base / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+        (lambda base: edit_config(base, model_type="mamba"), "stages.zero: "),
+        (lambda base: edit_config(base, vocab_size=64), "'stages.zero.model': .*the tokenizer has 128 tokens, the embedding only 64 rows"),
+        (lambda base: edit_config(base, moe_intermediate_size=16), "'stages.zero.model': .*has shape .*, config.json says"),
+        (lambda base: (base / "tokenizer.json").write_text("{"), "'stages.zero.model': .*its tokenizer cannot be loaded"),
+        (lambda base: (base / "model.safetensors").write_bytes(b"no weights"), "'stages.zero.model': .*truncated or damaged"),
+    ],
+)
+def test_what_is_wrong_with_the_model_s_folder(tiny: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(tiny.parent / "base")
+    assert re.search(message, refused(tiny))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "sums.jsonl: no rows"),
+        ('{"prompt": "en 3 :"}\n{"prompt"\n', "sums.jsonl:2: not JSON"),
+        ('{"question": "en 3 :"}\n', "sums.jsonl:1: no field 'prompt'"),
+        ('{"prompt": "en pi :"}\n', "holds text that the tokenizer does not know"),
+        ('{"prompt": "' + "3 " * 600 + '"}\n', "has 601 tokens, more than the "),
+    ],
+)
+def test_what_is_wrong_with_the_prompts(tiny: Path, text: str, message: str) -> None:
+    tiny.with_name("sums.jsonl").write_text(text)
+    found = refused(tiny)
+    assert found.startswith("'stages.zero.prompts': ") and message in found
+
+
+def test_prompts_of_a_later_stage_are_held_against_the_model_it_comes_from(tiny: Path) -> None:
+    suite = "{prompts: {source: {kind: jsonl, path: sums.jsonl}, split: all}, judge: 'r1mega.rewards.exact:accuracy'}"
+    tiny.write_text(tiny.read_text() + f"  check:\n    kind: evaluate\n    model: zero\n    suites: {{own: {suite}}}\n")
+    assert refused(tiny, "stages.check.suites.own.sampling.max_new_tokens=100000").startswith("'stages.check.suites.own.prompts': ")
+
+
+def test_a_machine_without_a_gpu_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(tiny, "run.platform=cuda").startswith("run.platform=cuda: torch sees no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("r1mega.megatron.platform.cuda._installed", lambda module: True)
+    assert refused(tiny, "run.platform=cuda") == "run.platform=cuda: 2 ranks need a GPU each; this machine has 1"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import functools, sys
 from r1mega import cli
 from r1mega.pipeline import launcher
 launcher.run = functools.partial(launcher.run, worker="dummy_worker")
+launcher.check_contents = lambda recipe: None  # test_pipeline_preflight.py; here it would load a tokenizer and weights that are not used
 sys.exit(cli.main(["run", *sys.argv[1:]]))
 """
 RECIPE = """
@@ -42,7 +44,7 @@ stages:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    shutil.copy(TESTS.parent / "configs" / "tiny" / "base" / "config.json", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "own_reward.py").write_text("def reward(prompt, response):\n    return 1.0\n")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -148,7 +150,20 @@ def test_bad_input_is_refused_before_a_folder_is_made(recipe: Path) -> None:
         (["stages.zero.rewards.own.function=own_reward:nothing"], "own_reward has no function 'nothing'"),
         (["stages.zero.model=zero/none"], "no folder"),
         (["run.ranks=3", "layout.tp=2"], "tp x cp x pp = 2"),
+        (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
     ]:
         code, out, err = finish(start(recipe, *overrides))
         assert code == 2 and out == "" and message in err and err.count("\n") == 1
         assert not (recipe.parent / "run").exists()
+
+
+def test_a_refused_run_makes_room_for_the_corrected_command(recipe: Path) -> None:
+    code, _, _ = finish(start(recipe, "description=user error on rank 0"))
+    assert code == 2 and (recipe.parent / "run" / "stages" / "01-zero").is_dir()
+    code, _, err = finish(start(recipe))
+    assert (code, err) == (0, "")
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(recipe: Path) -> None:
+    code, out, err = finish(start(recipe, "-o", str(recipe / "run")))
+    assert (code, out) == (2, "") and "recipe.yaml/run: the run cannot be written there" in err and err.count("\n") == 1

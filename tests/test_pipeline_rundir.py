@@ -256,9 +256,9 @@ def test_a_checkpoint_that_is_a_link_is_kept(tmp_path: Path, model: Path) -> Non
 
 @pytest.mark.parametrize("folder", ["model/config.json/run", "x" * 300])
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, model: Path, folder: str) -> None:
-    with pytest.raises(UserError, match=r"the run cannot be written there \(.+\); choose another folder with -o"):
-        with claimed(tmp_path / folder, recipe(model), fresh=False):
-            pass
+    refused = pytest.raises(UserError, match=r"the run cannot be written there \(.+\); choose another folder with -o")
+    with refused, claimed(tmp_path / folder, recipe(model), fresh=False):
+        pass
 
 
 def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from torch import Tensor
 from r1mega.config.layout import Layout
 from r1mega.config.schema import Optimizer, Train
 from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
-from r1mega.errors import UserError
-from r1mega.megatron import architecture, head, model, topology
+from r1mega.megatron import architecture, head, limits, model, topology
 from r1mega.megatron.exchange import Exchange
 from r1mega.planner.flops import forward_flops
 from r1mega.weights.architecture import Architecture
@@ -93,12 +92,7 @@ class Policy:
             UserError: the layout does not fit the model or the world, or would train wrongly.
         """
         topology.check(arch, layout, dist.get_world_size())
-        if train.mtp_loss > 0 and not arch.mtp_layers:
-            raise UserError(f"train.mtp_loss={train.mtp_loss} needs a model with num_nextn_predict_layers=1")
-        if train.mtp_loss == 0:
-            # An untrained MTP layer is not built: its weights pass from checkpoint to checkpoint untouched.
-            arch = replace(arch, mtp_layers=0)
-            layout = layout.model_copy(update={"pipeline": layout.pipeline and layout.pipeline.replace("m", "")})
+        arch, layout = limits.trained(arch, layout, train.mtp_loss)
         topology.connect(layout)
         model_parallel_cuda_manual_seed(seed)
         self.arch, self.layout, self.train = arch, layout, train
@@ -131,7 +125,7 @@ class Policy:
     @property
     def pad_to(self) -> int:
         """Multiple that each packed sequence is padded to."""
-        return 2 * self.layout.cp if self.layout.cp > 1 else 1
+        return limits.pad_to(self.layout)
 
     @property
     def align(self) -> int:

@@ -14,7 +14,7 @@ from r1mega import env
 from r1mega.config.loading import load_recipe
 from r1mega.errors import UserError
 from r1mega.pipeline import files
-from r1mega.pipeline.preflight import check_inputs
+from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
 from r1mega.process import die_with_parent
 
@@ -42,7 +42,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
     recipe = load_recipe(recipe_path, overrides)
     path = (run_dir or Path("runs") / recipe.name).absolute()
     check_belongs(path, recipe, fresh)
-    check_inputs(recipe, recipe_path.parent.absolute())
+    check_references(recipe, recipe_path.parent.absolute())
+    check_contents(recipe)
     with claimed(path, recipe, fresh) as (directory, lock):
         if set(directory.finished()) == set(recipe.stages):
             print(f"all stages are finished: {path}")

@@ -1,6 +1,5 @@
 """A Hugging Face model folder: what a stage starts from and what it leaves behind."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from r1mega.errors import UserError
-from r1mega.weights.architecture import Architecture
+from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_io import Reader
@@ -27,12 +26,7 @@ class ModelFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no config.json; expected a Hugging Face model folder") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path / 'config.json'}: not valid JSON ({error})") from None
+        self.config: dict[str, Any] = read_config(path)
         self.arch = Architecture.from_hf(self.config)
 
     @cached_property
@@ -40,7 +34,10 @@ class ModelFolder:
         """The folder's tokenizer; it must not know more tokens than the embedding has rows."""
         if not (self.path / "tokenizer.json").is_file() and not (self.path / "tokenizer_config.json").is_file():
             raise UserError(f"{self.path}: no tokenizer.json; copy the tokenizer's files beside config.json")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception for a file that it cannot parse
+            raise UserError(f"{self.path}: its tokenizer cannot be loaded ({' '.join(str(error).split()):.200})") from None
         if len(tokenizer) > self.arch.vocab:
             raise UserError(
                 f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the embedding only {self.arch.vocab} rows (vocab_size)"

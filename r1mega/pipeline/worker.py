@@ -18,7 +18,6 @@ from r1mega.errors import UserError
 from r1mega.pipeline import artifacts, files
 from r1mega.pipeline.context import StageContext, StageFunction
 from r1mega.pipeline.metrics import MetricsWriter, scalars
-from r1mega.pipeline.preflight import check_layouts
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.process import die_with_parent
 from r1mega.report.progress import Progress
@@ -38,7 +37,6 @@ def started(run: RunDirectory) -> Iterator[Callable[[], Any]]:
     from r1mega.megatron import platform
 
     platform.start(run.recipe.run.platform, run.recipe.run.threads_per_rank)
-    check_layouts(run.recipe)
     yield dist.barrier
     # Not after an error: leaving the process group in order would wait for ranks that wait for this one.
     platform.stop()

@@ -7,10 +7,15 @@ from r1mega.errors import UserError
 from r1mega.rollout.engine import Engine
 
 
-def open_engine(settings: Rollout, model_dir: Path) -> Engine:
-    """An engine for the model that `model_dir` describes, without weights yet."""
+def require(settings: Rollout) -> None:
+    """UserError for an engine that cannot be opened."""
     if settings.engine == "sglang":
         raise UserError("rollout.engine=sglang is not available yet; use rollout.engine=local")
+
+
+def open_engine(settings: Rollout, model_dir: Path) -> Engine:
+    """An engine for the model that `model_dir` describes, without weights yet."""
+    require(settings)
     import torch
 
     from r1mega.rollout.local import LocalEngine

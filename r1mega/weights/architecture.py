@@ -1,8 +1,12 @@
 """What a model is, read from its Hugging Face `config.json`. Planner, weight tables and Megatron configuration all start here."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from r1mega.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,19 @@ class Architecture:
         from r1mega.weights import families  # the families build Architectures, so they import this module
 
         return families.architecture(config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder; UserError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config

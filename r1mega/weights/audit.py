@@ -1,7 +1,6 @@
 """What a checkpoint must hold, from its config.json alone, and what a folder really holds."""
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from r1mega.errors import UserError
 from r1mega.weights import fp8
 from r1mega.weights.architecture import Architecture
+from r1mega.weights.architecture import read_config as read_config
 from r1mega.weights.canonical import Tensor, canonical
 from r1mega.weights.safetensors_io import INDEX, SCALE, Reader, headers, specs_of
 from r1mega.weights.safetensors_out import strips
@@ -56,22 +56,6 @@ class Findings:
             "not finite": self.non_finite, "identical": groups, "differs from the tensor it copies": self.copies_that_differ,
         }  # fmt: skip
         return [f"{what}: {name}" for what, names in named.items() for name in names]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder; UserError when it is missing or no JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return config
 
 
 def figures(config: Mapping[str, Any]) -> Figures:

@@ -9,6 +9,7 @@ from r1mega.config.schema import TinyCorpus
 from r1mega.data.prompts import Prompt
 from r1mega.data.split import is_heldout
 from r1mega.data.tiny.vocabulary import ANSWER, END_ANSWER, END_THINK, LANGUAGES, SO, THINK, WAIT
+from r1mega.errors import UserError
 
 DIGITS = 6
 
@@ -23,9 +24,9 @@ def question(language: str, digits: tuple[int, ...]) -> str:
 
 
 def prompts(task: Literal["running_sum"], size: int, seed: int) -> list[Prompt]:
-    """`size` different problems; `answer` is the sum modulo ten, `meta` has the language. ValueError above 2 x 10^6."""
+    """`size` different problems; `answer` is the sum modulo ten, `meta` has the language. UserError above 2 x 10^6."""
     if size > len(LANGUAGES) * 10**DIGITS:
-        raise ValueError(f"{task} has {len(LANGUAGES) * 10**DIGITS} problems, {size} were asked for")
+        raise UserError(f"{task} has {len(LANGUAGES) * 10**DIGITS} problems, {size} were asked for (size)")
     drawn: dict[str, Prompt] = {}
     random = Random(f"{task} prompts {seed}")
     while len(drawn) < size:

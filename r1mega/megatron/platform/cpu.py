@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 
+from r1mega.megatron import limits
 from r1mega.megatron.platform import standins
 
 BACKEND = "gloo"
@@ -25,10 +26,7 @@ def device() -> torch.device:
 
 def config_overrides(fp8: str) -> dict[str, Any]:
     """TransformerConfig fields that this platform decides. Fusions are CUDA kernels; FP8 needs tensor cores."""
-    if fp8 != "none":
-        from r1mega.errors import UserError
-
-        raise UserError(f"train.fp8={fp8} needs run.platform=cuda; on a CPU use fp8=none")
+    limits.check_fp8("cpu", fp8)
     return {
         "use_cpu_initialization": True,
         "gradient_accumulation_fusion": False,

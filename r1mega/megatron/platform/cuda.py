@@ -27,14 +27,19 @@ def prepare(threads: int) -> None:
         UserError: no GPU for this rank, or Transformer Engine is not installed.
     """
     del threads
+    local_rank = env.ranks().local_rank
+    require(local_rank + 1)
+    torch.cuda.set_device(local_rank)
+
+
+def require(ranks: int) -> None:
+    """UserError unless this machine can start so many ranks, one GPU each; touches no GPU."""
     if not torch.cuda.is_available():
         raise UserError("run.platform=cuda: torch sees no CUDA device; use run.platform=cpu, or install a CUDA build of torch")
     if not _installed("transformer_engine"):
         raise UserError("run.platform=cuda: Transformer Engine is missing; pip install 'r1mega[cuda]'")
-    local_rank = env.ranks().local_rank
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"run.platform=cuda: rank {local_rank} of this machine has no GPU of its own; it has {torch.cuda.device_count()}")
-    torch.cuda.set_device(local_rank)
+    if ranks > torch.cuda.device_count():
+        raise UserError(f"run.platform=cuda: {ranks} ranks need a GPU each; this machine has {torch.cuda.device_count()}")
 
 
 def device() -> torch.device:
