@@ -37,7 +37,7 @@ FROM_TWO = [
     Job("v3", PP2, (EP2, TP2), reference=True),
     Job("v3", EP2, (VPP2,), MTP, distributed=True, reference=True),
     Job("v3", VPP2, (EP2,), MTP, distributed=True),
-    Job("v3", DP2, (TP2,), PRETRAIN | {"dtype": "bfloat16"}, distributed=True),
+    Job("v3", DP2, (TP2,), MTP | {"dtype": "bfloat16"}, distributed=True),
     Job("qwen", {"tp": 2}, (PP2,), distributed=True),
 ]
 TO_ONE = [job for job in FROM_TWO if job.saved]
