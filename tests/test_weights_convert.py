@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -203,3 +204,28 @@ def test_a_bit_that_flips_on_the_disk_is_found_by_verify(tmp_path: Path, capsys:
         path.write_bytes(bytes(data))
         assert "reads back differently" in refused(capsys, source, target, "--to", to, "--file-size", 1, "--verify")
         assert not target.exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_a_full_disk_is_one_line_and_what_is_written_is_kept(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on file size stands in for a full disk: the same OSError from the same write."""
+    source = make(tmp_path / "hf", CONFIGS["deepseek_v3"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        assert "cannot be written (File too large)" in refused(capsys, source, tmp_path / "x", "--to", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "x").exists()
+    assert run(source, tmp_path / "x", "--to", to) == 0
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "hf", CONFIGS["deepseek_v3"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
+    assert "0.0 GB are needed, 0.0 GB are free" in refused(capsys, source, tmp_path / "x")
+    assert not list((tmp_path / ".x.partial").glob("*.distcp"))

@@ -14,7 +14,6 @@ import zipfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -275,28 +274,19 @@ class _Window(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a stored tensor that is written, and later read, in one go."""
+    """A part of a stored tensor that is written, and later read, in one go.
 
-    tensor: StoredTensor
+    `parts` say what it holds: this region of the chunk is that region of that canonical tensor.
+    """
+
+    key: str
     box: Box
     dtype: torch.dtype
+    parts: tuple[tuple[Box, str, Box], ...]
 
     @property
     def nbytes(self) -> int:
         return self.box.size * self.dtype.itemsize
-
-    @cached_property
-    def parts(self) -> list[tuple[Box, str, Box]]:
-        """Regions of the chunk's own coordinates and what they are."""
-        found = []
-        for region, name, source in _touching(self.tensor, self.box):
-            common = region.intersect(self.box)
-            if common is not None:
-                lead = len(region.start) - len(source.start)
-                inside = common.within(region)
-                wanted = Box(inside.start[lead:], inside.stop[lead:]).shift(source.start)
-                found.append((common.within(self.box), name, wanted))
-        return found
 
 
 @dataclass(frozen=True)
@@ -324,8 +314,7 @@ def dist_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, file_bytes: 
     groups: list[list[Chunk]] = [[]]
     size = 0
     for tensor in tensors:
-        stored_dtype = torch.float32 if tensor.float32 else dtype
-        for chunk in (Chunk(tensor, box, stored_dtype) for box in _rows(tensor.shape)):
+        for chunk in _chunks(tensor, torch.float32 if tensor.float32 else dtype):
             if groups[-1] and size + chunk.nbytes > file_bytes:
                 groups.append([])
                 size = 0
@@ -334,28 +323,24 @@ def dist_files(tensors: Sequence[StoredTensor], dtype: torch.dtype, file_bytes: 
     return [DistFile(f"__0_{i}.distcp", tuple(group)) for i, group in enumerate(groups)]
 
 
-def _rows(shape: tuple[int, ...]) -> Iterator[Box]:
-    rows = max(1, STRIP_VALUES // prod(shape[1:]))
-    for first in range(0, shape[0], rows):
-        yield Box((first, *(0,) * (len(shape) - 1)), (min(first + rows, shape[0]), *shape[1:]))
+def _chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[Chunk]:
+    # A layer's experts are hundreds of parts of one tensor, so the parts of a chunk are searched, not scanned.
+    parts = sorted(tensor.parts, key=lambda part: part[0].start)
+    starts, stops = [region.start[0] for region, _, _ in parts], [region.stop[0] for region, _, _ in parts]
+    rows = max(1, STRIP_VALUES // prod(tensor.shape[1:]))
+    for first in range(0, tensor.shape[0], rows):
+        box = Box((first, *(0,) * (len(tensor.shape) - 1)), (min(first + rows, tensor.shape[0]), *tensor.shape[1:]))
+        touching = parts[bisect_right(stops, first) : bisect_left(starts, box.stop[0])]
+        yield Chunk(tensor.key, box, dtype, tuple(_inside(box, *part) for part in touching))
 
 
-def _touching(tensor: StoredTensor, box: Box) -> Sequence[tuple[Box, str, Box]]:
-    """The parts whose rows overlap those of a box; a layer's experts have hundreds of parts, so they are searched, not scanned."""
-    parts, starts, stops = _sorted_parts(tensor)
-    return parts[bisect_right(stops, box.start[0]) : bisect_left(starts, box.stop[0])]
-
-
-_sorted: dict[int, tuple[StoredTensor, tuple[list[tuple[Box, str, Box]], list[int], list[int]]]] = {}
-
-
-def _sorted_parts(tensor: StoredTensor) -> tuple[list[tuple[Box, str, Box]], list[int], list[int]]:
-    found = _sorted.get(id(tensor))
-    if found is None or found[0] is not tensor:
-        parts = sorted(tensor.parts, key=lambda part: part[0].start)
-        _sorted.clear()
-        found = _sorted[id(tensor)] = (tensor, (parts, [p[0].start[0] for p in parts], [p[0].stop[0] for p in parts]))
-    return found[1]
+def _inside(box: Box, region: Box, name: str, source: Box) -> tuple[Box, str, Box]:
+    """The share of a part that lies in a box, in the box's coordinates."""
+    common = region.intersect(box)
+    assert common is not None, "the part was found by its rows, and has all columns"
+    lead = len(region.start) - len(source.start)
+    inside = common.within(region)
+    return common.within(box), name, Box(inside.start[lead:], inside.stop[lead:]).shift(source.start)
 
 
 def write_file(path: Path, chunks: Sequence[Chunk], read: Read) -> list[Written]:
@@ -372,7 +357,7 @@ def write_file(path: Path, chunks: Sequence[Chunk], read: Read) -> list[Written]
                 offset = file.tell()
                 torch.save(values, file)
                 dtype = str(chunk.dtype).removeprefix("torch.")
-                written.append(Written(chunk.tensor.key, chunk.box.start, chunk.box.shape, dtype, offset, file.tell() - offset))
+                written.append(Written(chunk.key, chunk.box.start, chunk.box.shape, dtype, offset, file.tell() - offset))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return written
