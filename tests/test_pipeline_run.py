@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from r1mega.pipeline.files import file_digest
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import RunDirectory
 
@@ -99,6 +100,8 @@ def test_a_run_with_two_ranks_and_the_same_command_again(recipe: Path) -> None:
     assert "a library prints" not in out and "a library prints" in (run / "logs" / "rank0.log").read_text()
     assert list(RunDirectory.open(run).finished()) == ["zero", "check"] and status(run) == "finished"
     assert [row["update"] for row in read_metrics(run / "stages" / "01-zero" / "metrics.jsonl")] == [1, 2, 3, 4]
+    inputs = json.loads((run / "stages" / "01-zero" / "provenance.json").read_text())["inputs"]
+    assert inputs["rewards.own.function"] == {"reference": "own_reward:reward", "digest": file_digest(recipe.parent / "own_reward.py")}
     before = (run / "stages" / "01-zero" / "provenance.json").stat().st_mtime_ns
     code, out, err = finish(start(recipe))
     assert (code, err) == (0, "") and "all stages are finished" in out
@@ -158,7 +161,7 @@ def test_bad_input_is_refused_before_a_folder_is_made(recipe: Path) -> None:
 
 
 def test_a_refused_run_makes_room_for_the_corrected_command(recipe: Path) -> None:
-    code, _, _ = finish(start(recipe, "description=user error on rank 0"))
+    code, _, _ = finish(start(recipe, "description=user error on rank 0", "run.ranks=1"))
     assert code == 2 and (recipe.parent / "run" / "stages" / "01-zero").is_dir()
     code, _, err = finish(start(recipe))
     assert (code, err) == (0, "")
@@ -166,4 +169,4 @@ def test_a_refused_run_makes_room_for_the_corrected_command(recipe: Path) -> Non
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(recipe: Path) -> None:
     code, out, err = finish(start(recipe, "-o", str(recipe / "run")))
-    assert (code, out) == (2, "") and "recipe.yaml/run: the run cannot be written there" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and "recipe.yaml is a file; choose another folder with -o" in err and err.count("\n") == 1

@@ -1,5 +1,6 @@
 """What a stage leaves behind: the artifact, and the record of what made it, from what, and how it measured."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import r1mega
-from r1mega.config.base import Closed, PathMark
+from r1mega.config.base import Closed, FunctionMark, PathMark
 from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline import files
@@ -92,7 +93,7 @@ def record(
 
 
 def input_digests(stage: Closed, stage_dirs: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """Reference and digest of every file, folder and model that a stage reads, by key path."""
+    """Reference and digest of every file, folder and model that a stage reads and every function of the user's own, by key path."""
     found = {}
     for path, mark, value in marked(stage, PathMark):
         if mark.what == "model" and value in stage_dirs:
@@ -103,6 +104,11 @@ def input_digests(stage: Closed, stage_dirs: Mapping[str, Path]) -> dict[str, di
         else:
             digest = files.combined_digest(files.digests(Path(value)))
         found[path] = {"reference": _portable_path(value, stage_dirs), "digest": digest}
+    for path, _, value in marked(stage, FunctionMark):
+        module = importlib.util.find_spec(value.partition(":")[0])
+        # What r1mega brings along is part of `code`.
+        if module is not None and module.origin and not module.name.startswith("r1mega."):
+            found[path] = {"reference": value, "digest": files.file_digest(Path(module.origin))}
     return found
 
 
