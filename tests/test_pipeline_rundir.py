@@ -254,11 +254,18 @@ def test_a_checkpoint_that_is_a_link_is_kept(tmp_path: Path, model: Path) -> Non
         pass
 
 
-@pytest.mark.parametrize("folder", ["model/config.json/run", "x" * 300])
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, model: Path, folder: str) -> None:
-    refused = pytest.raises(UserError, match=r"the run cannot be written there \(.+\); choose another folder with -o")
-    with refused, claimed(tmp_path / folder, recipe(model), fresh=False):
-        pass
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(folder: str) -> str:
+        with pytest.raises(UserError) as error, claimed(tmp_path / folder, recipe(model), fresh=False):
+            pass
+        return str(error.value)
+
+    assert message("model/config.json/a/run") == f"{model}/config.json is a file; choose another folder with -o"
+    assert "the run cannot be written there (File name too long); choose another folder with -o" in message("x" * 300)
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory")))
+    assert "run: the run cannot be written there (No such file or directory)" in message("run")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "a/run: the run cannot be written there (Permission denied)" in message("a/run")
 
 
 def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EACCES
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,13 +143,16 @@ def check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
     """Refuse a folder that a run of this recipe must not write into; changes nothing.
 
     Raises:
-        UserError: the folder holds something else, or results of another configuration.
+        UserError: the folder holds something else, or results of another configuration, or cannot be written as far as its
+            permissions tell.
     """
     try:
-        exists = path.exists()
-        if exists and not path.is_dir():
-            raise UserError(f"{path} is a file; choose another folder with -o")
-        content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if exists else set()
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{nearest} is a file; choose another folder with -o")
+        if not os.access(nearest, os.W_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES))
+        content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if nearest == path else set()
     except OSError as error:
         raise _unusable(path, error) from None
     if not content:
