@@ -120,7 +120,7 @@ def test_every_rank_class_of_megatron(found, name):
     assert all(differences == [] for differences in found[name]), found[name]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.lane
 def test_all_1024_ranks_of_megatron():
     """Not one rank of a class but all of them, in two processes."""
