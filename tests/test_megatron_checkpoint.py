@@ -78,7 +78,9 @@ def test_a_run_goes_on_under_another_layout(job, layout, folder):
     differences = {key: ((moved[key] - straight[key]).norm() / straight[key].norm()).item() for key in straight}
     worst = max(differences, key=differences.__getitem__)
     print(name, worst, differences[worst])
-    assert differences[worst] < (1e-2 if loose else 1e-6), worst
+    # Softmax all but cancels a key's bias: its gradient is mostly rounding, which Adam scales up to the size of any other.
+    assert differences[worst] < (1e-2 if loose else 1e-5 if worst.endswith("k_proj.bias") else 1e-6), worst
+    assert loose or all(value < 1e-6 for key, value in differences.items() if not key.endswith("k_proj.bias"))
 
 
 @pytest.fixture
