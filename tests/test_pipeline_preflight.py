@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from r1mega import cli
 from r1mega.config.loading import load_recipe
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
@@ -183,3 +184,19 @@ def test_a_machine_without_a_gpu_is_named(tiny: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("r1mega.megatron.platform.cuda._installed", lambda module: True)
     assert refused(tiny, "run.platform=cuda") == "run.platform=cuda: 2 ranks need a GPU each; this machine has 1"
+
+
+def test_eval_looks_at_its_output_before_it_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "absent" / "x.json"
+    assert cli.main(["eval", str(tmp_path), "--suite", "running_sum", "--json", str(path)]) == 2
+    assert capsys.readouterr() == ("", f"r1mega: --json {path}: cannot be written (No such file or directory)\n")
+
+
+def test_check_finds_what_run_would_refuse(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["stages.zero.prompts.source.size=20", "stages.zero.evaluation=null"]
+    assert cli.main(["check", str(tiny), *overrides]) == 0
+    (tiny.parent / "base" / "model.safetensors").write_bytes(b"no weights")
+    capsys.readouterr()
+    assert cli.main(["check", str(tiny), *overrides]) == 2
+    found = capsys.readouterr()
+    assert found.out == "" and "truncated or damaged" in found.err and found.err.count("\n") == 1
