@@ -55,6 +55,7 @@ def test_plan_by_hand() -> None:
     assert plan_chunks([5, 4, 3, 2], capacity=8, ranks=1, pad_to=1, cost=flops) == [[[0, 3], [1, 2]]]
     assert plan_chunks([5, 4, 3, 2], capacity=8, ranks=2, pad_to=1, cost=flops) == [[[0, 3]], [[1, 2]]]
     assert plan_chunks([5], capacity=8, ranks=2, pad_to=1, cost=flops) == [[[0]], [[]]]
+    assert plan_chunks([5, 4, 3], capacity=12, ranks=1, pad_to=1, cost=flops, rounds_of=2) == [[[1, 2], [0]]]
     assert plan_chunks([], capacity=8, ranks=2, pad_to=1, cost=flops) == [[[]], [[]]]
     # 18 tokens would fit into two chunks, three sequences of 6 do not; the two ranks then take two chunks each.
     assert plan_chunks([6, 6, 6], capacity=10, ranks=2, pad_to=1, cost=flops) == [[[0], [2]], [[1], []]]

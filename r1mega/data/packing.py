@@ -63,14 +63,16 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def plan_chunks(lengths: Sequence[int], capacity: int, ranks: int, pad_to: int, cost: Callable[[int], float]) -> list[list[list[int]]]:
+def plan_chunks(
+    lengths: Sequence[int], capacity: int, ranks: int, pad_to: int, cost: Callable[[int], float], rounds_of: int = 1
+) -> list[list[list[int]]]:
     """Assign sequences to chunks and chunks to data-parallel ranks: plan[rank][chunk] is an ascending list of indices into `lengths`.
 
     Every chunk holds at most `capacity` tokens, sequences padded to a multiple of `pad_to`. All ranks get the same number of chunks,
-    which pipeline schedules and expert-parallel collectives need, and as few as the greedy packing finds; a rank with nothing to do
-    gets empty chunks. `cost` maps a padded length to the estimated work of that sequence, in any unit; it must not fall with the length.
-    Work is balanced over the ranks and, because expert-parallel ranks meet in every micro-batch, over the chunks that run together.
-    Deterministic. UserError when a sequence does not fit into a chunk.
+    which pipeline schedules and expert-parallel collectives need, and as few as the greedy packing finds; that number is a multiple of
+    `rounds_of`. Chunks are empty only where there are fewer sequences than chunks. `cost` maps a padded length to the estimated work of
+    that sequence, in any unit; it must not fall with the length. Work is balanced over the ranks and, because expert-parallel ranks meet
+    in every micro-batch, over the chunks that run together. Deterministic. UserError when a sequence does not fit into a chunk.
     """
     padded = np.array([round_up(length, pad_to) for length in lengths], dtype=np.int64)
     if (padded > capacity).any():
@@ -81,9 +83,10 @@ def plan_chunks(lengths: Sequence[int], capacity: int, ranks: int, pad_to: int, 
         )
     costs = np.array([cost(int(length)) for length in padded], dtype=np.float64)
     order = np.lexsort((-padded, -costs))
-    count = ranks * max(1, -(-int(padded.sum()) // (ranks * capacity)))
+    least = -(-int(padded.sum()) // (ranks * capacity))
+    count = ranks * round_up(max(1, least), rounds_of)
     while (bins := _assign(order, padded, costs, capacity, count)) is None:
-        count += ranks
+        count += ranks * rounds_of
     return _deal(bins, costs, ranks)
 
 

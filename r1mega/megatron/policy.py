@@ -144,10 +144,11 @@ class Policy:
         Every data-parallel rank gets as many micro-batches. Raises UserError for a sequence longer than `train.chunk_tokens`.
         """
         lengths = [len(sequence.tokens) for sequence in sequences]
-        chunks = plan_chunks(lengths, self.train.chunk_tokens, self.dp_size, self.pad_to, partial(forward_flops, self.arch))[self.dp_rank]
-        if self.layout.vpp > 1:
-            # The interleaved schedule runs micro-batches in rounds of pp.
-            chunks = chunks + [[]] * (-len(chunks) % self.layout.pp)
+        # The interleaved schedule runs micro-batches in rounds of pp. Filling a round with empty ones would cost as much as real ones,
+        # and their padding would be counted by the routers.
+        rounds_of = self.layout.pp if self.layout.vpp > 1 else 1
+        plan = plan_chunks(lengths, self.train.chunk_tokens, self.dp_size, self.pad_to, partial(forward_flops, self.arch), rounds_of)
+        chunks = plan[self.dp_rank]
         return [self._share(pack(sequences, chunk, self.pad_to, self.align)) for chunk in chunks]
 
     def _share(self, batch: PackedBatch) -> LocalBatch:
