@@ -73,12 +73,20 @@ def _declare_eval(parser: argparse.ArgumentParser) -> None:
 
 def _eval(options: argparse.Namespace) -> int:
     from r1mega.config import suites
+    from r1mega.config.base import FunctionMark
+    from r1mega.config.tree import marked
     from r1mega.pipeline.artifacts import check_model
     from r1mega.pipeline.files import check_writable, write_json
+    from r1mega.rewards.imports import load_function
 
     if options.json:
         check_writable(options.json, "--json")
     suite = suites.find(options.suite)
+    if Path(options.suite).is_file():
+        # Functions of a user's own lie beside the suite, as they lie beside a recipe; last, so that they never shadow a library.
+        sys.path.append(str(Path(options.suite).parent.absolute()))
+    for _, mark, function in marked(suite, FunctionMark):
+        load_function(function, arguments=mark.arguments)
     if options.samples is not None and options.samples < 1:
         raise UserError(f"--samples {options.samples}: expected at least 1")
     if options.samples:

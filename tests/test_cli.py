@@ -38,6 +38,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         assert message in err and err.count("\n") == 1
 
 
+def test_functions_of_a_suite_lie_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "judge_beside.py").write_text("def right(prompt, response):\n    return 1.0\n")
+    suite = (ROOT / "r1mega/suites/running_sum.yaml").read_text()
+    for judge, message in (
+        ("judge_beside:wrong", "judge_beside has no function 'wrong'; it has right"),
+        ("judge_beside:right", "no config.json"),
+    ):
+        (tmp_path / "suite.yaml").write_text(suite.replace("r1mega.rewards.exact:accuracy", judge))
+        assert cli.main(["eval", str(tmp_path), "--suite", str(tmp_path / "suite.yaml")]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_audit_prints_the_released_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The published repository holds 91,991 tensors in 688,574,839,360 bytes."""
     assert cli.main(["audit", str(V3), "--json", str(tmp_path / "v3.json")]) == 0
