@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -109,7 +110,7 @@ def _declare_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("hf", "megatron"), help="format of DST (default: the one that SRC does not have)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the one in config.json)")
     parser.add_argument("--fp8", action="store_true", help="quantise what DeepSeek's checkpoints quantise, in blocks of 128 x 128")
-    parser.add_argument("--file-size", type=float, default=5.0, metavar="GB", help="largest file of DST (default: 5)")
+    parser.add_argument("--file-size", type=float, default=5.0, metavar="GB", help="largest file of DST (default: 5; 0.5 is 500 MB)")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="Hugging Face folder with the config.json, tokenizer or tensors SRC lacks"
     )
@@ -124,7 +125,7 @@ def _convert(options: argparse.Namespace) -> int:
     from r1mega.report.progress import bytes_bar
     from r1mega.weights import convert
 
-    if options.file_size <= 0 or (options.processes or 1) < 1:
+    if not 0 < options.file_size < math.inf or (options.processes is not None and options.processes < 1):
         raise UserError("--file-size and --processes must be positive")
     settings = (options.to, options.dtype, options.fp8, int(options.file_size * 1e9), options.model)
     plan = convert.plan(convert.conversion(options.source, options.target, *settings))

@@ -136,6 +136,9 @@ def test_what_cannot_be_converted_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert "exists already" in refused(capsys, source, tmp_path / "megatron")
     assert "is a Megatron checkpoint already" in refused(capsys, tmp_path / "megatron", tmp_path / "x", "--to", "megatron")
     assert "is not a folder" in refused(capsys, tmp_path / "none", tmp_path / "x")
+    assert "is not a folder" in refused(capsys, source, tmp_path / "x", "--model", tmp_path / "none")
+    assert "which is only read" in refused(capsys, source, source / "x")
+    assert "must be positive" in refused(capsys, source, tmp_path / "x", "--file-size", "nan")
     assert "Megatron quantises for itself" in refused(capsys, source, tmp_path / "x", "--fp8")
     qwen = make(tmp_path / "qwen", CONFIGS["qwen2 tied"])
     assert "a format of DeepSeek's checkpoints" in refused(capsys, qwen, tmp_path / "x", "--to", "hf", "--fp8")
@@ -202,8 +205,32 @@ def test_a_bit_that_flips_on_the_disk_is_found_by_verify(tmp_path: Path, capsys:
         data = bytearray(path.read_bytes())
         data[data.index(embedding) + 100] ^= 1
         path.write_bytes(bytes(data))
-        assert "reads back differently" in refused(capsys, source, target, "--to", to, "--file-size", 1, "--verify")
-        assert not target.exists()
+        command = (source, target, "--to", to, "--file-size", 1, "--verify")
+        assert "reads back differently" in refused(capsys, *command) and not target.exists()
+        assert run(*command) == 0
+
+
+def test_a_finished_file_that_was_cut_is_written_again(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", CONFIGS["deepseek_v3"])
+    plan = convert.plan(convert.conversion(source, tmp_path / "out", "hf", None, False, 10**9, None))
+    with convert._begun(plan):
+        convert._write(plan.conversion, 0)
+    os.truncate(plan.conversion.partial / "model.safetensors", 100)
+    assert run(source, tmp_path / "out", "--to", "hf", "--file-size", 1) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_bit_that_flipped_in_a_megatron_checkpoint_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make(tmp_path / "hf", CONFIGS["deepseek_v3"])
+    embedding = values(source)["model.embed_tokens.weight"].view(torch.uint8).numpy().tobytes()
+    assert run(source, tmp_path / "megatron") == 0
+    path = tmp_path / "megatron" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[data.index(embedding) + 100] ^= 1
+    path.write_bytes(bytes(data))
+    assert "do not have the checksum that they were written with" in refused(capsys, tmp_path / "megatron", tmp_path / "x")
+    path.write_bytes(bytes(data[:1000]))
+    assert "truncated" in refused(capsys, tmp_path / "megatron", tmp_path / "y", "--dry-run")
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron"])

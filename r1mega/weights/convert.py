@@ -35,6 +35,8 @@ from r1mega.weights.safetensors_out import Encoding, Read, Shard
 Format = Literal["hf", "megatron"]
 
 _RECORDS, _PLAN = ".records", ".conversion.json"
+_WORTH_PROCESSES = 2**28
+"""Bytes from which several processes are faster than one: each imports torch first."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ def conversion(
     source: Path, target: Path, to: Format | None, dtype: str | None, block_fp8: bool, file_bytes: int, model: Path | None
 ) -> Conversion:
     """A conversion whose format and dtype follow from the source where they are left out."""
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
+    for folder in (source, model):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target} lies in {source}, which is only read; choose a folder elsewhere")
     to = to or ("hf" if is_dist_checkpoint(source) else "megatron")
     if to == "megatron" and is_dist_checkpoint(source):
         raise UserError(f"{source} is a Megatron checkpoint already; Megatron reshards it on loading")
@@ -185,14 +190,15 @@ def convert(plan: Plan, processes: int = 1, verify: bool = False, report: Callab
     """
     _opened.cache_clear()  # a source may have changed since the last conversion of this process
     with _begun(plan) as folder:
-        records = folder / _RECORDS
         waiting = []
         for index, file in enumerate(plan.files):
-            if (records / f"{file.name}.json").is_file():
+            if _is_done(folder, file):
                 report(plan.size(file))
             else:
                 waiting.append(index)
         _check_room(plan, waiting)
+        if plan.nbytes < _WORTH_PROCESSES:
+            processes = 1
         for index in _each(partial(_write, plan.conversion), waiting, processes):
             report(plan.size(plan.files[index]))
         if verify:
@@ -238,25 +244,39 @@ def _write(conversion: Conversion, index: int) -> int:
     else:
         record = safetensors_out.write_shard(unfinished, file.tensors, conversion.encoding, read)
     os.replace(unfinished, path)
-    note = conversion.partial / _RECORDS / f"{file.name}.json"
-    note.with_suffix(".tmp").write_text(json.dumps(record), encoding="utf-8")
+    note = _note(conversion.partial, file)
+    note.with_suffix(".tmp").write_text(json.dumps({"size": path.stat().st_size, "content": record}), encoding="utf-8")
     os.replace(note.with_suffix(".tmp"), note)
     return index
+
+
+def _is_done(folder: Path, file: Shard | DistFile) -> bool:
+    """Whether an earlier run finished a file, and it is as long as it was then."""
+    note, path = _note(folder, file), folder / file.name
+    return note.is_file() and path.is_file() and path.stat().st_size == json.loads(note.read_text(encoding="utf-8"))["size"]
+
+
+def _note(folder: Path, file: Shard | DistFile) -> Path:
+    return folder / _RECORDS / f"{file.name}.json"
 
 
 def _verify(conversion: Conversion, index: int) -> int:
     """Read a file again as any reader would, and compare."""
     file = _opened(conversion)[0].files[index]
     path, record = conversion.partial / file.name, _record(conversion, file)
-    if isinstance(file, DistFile):
-        dist_checkpoint.check_file(path, [Written(**entry) for entry in record])
-    else:
-        safetensors_out.check_shard(path, record)
+    try:
+        if isinstance(file, DistFile):
+            dist_checkpoint.check_file(path, [Written(**entry) for entry in record])
+        else:
+            safetensors_out.check_shard(path, record)
+    except UserError:
+        _note(conversion.partial, file).unlink()  # the next run writes it again
+        raise
     return index
 
 
 def _record(conversion: Conversion, file: Shard | DistFile) -> Any:
-    return json.loads((conversion.partial / _RECORDS / f"{file.name}.json").read_text(encoding="utf-8"))
+    return json.loads(_note(conversion.partial, file).read_text(encoding="utf-8"))["content"]
 
 
 @contextmanager

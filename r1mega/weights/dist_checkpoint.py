@@ -11,6 +11,7 @@ import json
 import mmap
 import pickle
 import zipfile
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "commo
 
 def is_dist_checkpoint(folder: Path) -> bool:
     """Whether a folder is a distributed checkpoint rather than a Hugging Face folder."""
-    return (folder / METADATA).is_file()
+    return (folder / METADATA).is_file() or (folder / "metadata.json").is_file()
 
 
 # ---------------------------------------------------------------- reading
@@ -68,10 +69,13 @@ class DistReader:
                 self._check(stored, tuple(found.size))
                 for region, name, source in stored.parts:
                     self._parts.setdefault(name, []).append((stored.key, region, source))
+        self._checked: set[tuple[str, int]] = set()
         for place, info in (self._index.storage_data or {}).items():
             found = self._index.state_dict_metadata.get(place.fqn)
             if isinstance(found, TensorStorageMetadata):
                 self._chunks.setdefault(place.fqn, []).append((_chunk_box(place, found), info))
+                if info.offset + info.length > len(self._file(info.relative_path)):
+                    raise UserError(f"{folder / info.relative_path}: truncated; {METADATA} puts {place.fqn} behind its end")
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
@@ -107,12 +111,17 @@ class DistReader:
         if info.transform_descriptors:
             raise UserError(f"{path}: {key} is compressed ({info.transform_descriptors}), which is not supported")
         try:
-            described, start, nbytes = _archive(self._file(info.relative_path), info.offset, info.length)
+            described, start, nbytes, expected = _archive(self._file(info.relative_path), info.offset, info.length)
         except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, IndexError, AttributeError, EOFError) as error:
             raise UserError(f"{expectation}, found a damaged archive ({error})") from None
         if described.shape != chunk.shape or start + nbytes > len(self._file(info.relative_path)):
             raise UserError(f"{expectation}, found {list(described.shape)} of {nbytes} bytes")
         flat = torch.frombuffer(self._file(info.relative_path), dtype=torch.uint8, count=nbytes, offset=start)
+        if (info.relative_path, info.offset) not in self._checked:
+            # Writers may leave the checksum out, as 0.
+            if expected and zlib.crc32(flat.numpy().data) != expected:
+                raise UserError(f"{path}: {key} at byte {info.offset}: the values do not have the checksum that they were written with")
+            self._checked.add((info.relative_path, info.offset))
         if start % described.dtype.itemsize:
             flat = flat.clone()
         return flat.view(described.dtype).as_strided(described.shape, described.stride, described.offset)
@@ -226,8 +235,8 @@ class _TensorUnpickler(pickle.Unpickler):
         return dtype
 
 
-def _archive(file: mmap.mmap, offset: int, length: int) -> tuple[_Described, int, int]:
-    """(the tensor of the archive at `offset`, where its data starts in the file, bytes of the data)."""
+def _archive(file: mmap.mmap, offset: int, length: int) -> tuple[_Described, int, int, int]:
+    """(the tensor of the archive at `offset`, where its data starts in the file, bytes of the data, their CRC-32)."""
     with zipfile.ZipFile(_Window(file, offset, length)) as archive:
         names = {name.split("/", 1)[1]: name for name in archive.namelist()}
         described = _TensorUnpickler(io.BytesIO(archive.read(names["data.pkl"]))).load()
@@ -240,7 +249,7 @@ def _archive(file: mmap.mmap, offset: int, length: int) -> tuple[_Described, int
     reach = described.offset + 1 + sum((n - 1) * s for n, s in zip(described.shape, described.stride, strict=True))
     if prod(described.shape) and reach * described.dtype.itemsize > entry.file_size:
         raise ValueError("the data is shorter than the tensor")
-    return described, header + 30 + name + extra, entry.file_size
+    return described, header + 30 + name + extra, entry.file_size, entry.CRC
 
 
 class _Window(io.RawIOBase):
@@ -373,7 +382,7 @@ def check_file(path: Path, written: Sequence[Written]) -> None:
         except zipfile.BadZipFile as error:
             damaged = str(error)
         if damaged is not None:
-            raise UserError(f"{path}: {entry.key} reads back differently from what was written; the disk is not to be trusted")
+            raise UserError(f"{path}: {entry.key} reads back differently from what was written; the same command writes the file again")
 
 
 def _mapped(path: Path) -> mmap.mmap:

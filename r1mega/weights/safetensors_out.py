@@ -121,7 +121,7 @@ def check_shard(path: Path, checksums: Mapping[str, int]) -> None:
     with safe_open(path, framework="pt") as file:
         for name, checksum in checksums.items():
             if zlib.crc32(file.get_tensor(name).contiguous().view(torch.uint8).numpy().data) != checksum:
-                raise UserError(f"{path}: {name} reads back differently from what was written; the disk is not to be trusted")
+                raise UserError(f"{path}: {name} reads back differently from what was written; the same command writes the file again")
 
 
 def _encoded(values: Tensor, specs: Sequence[Stored]) -> tuple[Tensor, ...]:
