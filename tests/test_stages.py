@@ -127,7 +127,9 @@ def test_a_length_cap_beyond_the_context_is_refused(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     def command(folder: str) -> list[str]:
         recipe = str(ROOT / "configs/tiny/r1_zero.yaml")
-        return [sys.executable, "-m", "r1mega.cli", "run", recipe, "-o", str(tmp_path / folder), *SHORT, "stages.zero.evaluation=null"]
+        # Files are written beside the training, so the first checkpoint appears an update or two late: enough must be left to break.
+        changes = [*SHORT, "stages.zero.updates=10", "stages.zero.evaluation=null"]
+        return [sys.executable, "-m", "r1mega.cli", "run", recipe, "-o", str(tmp_path / folder), *changes]
 
     subprocess.run(command("straight"), check=True, timeout=300, stdout=subprocess.DEVNULL)
     broken = subprocess.Popen(command("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
