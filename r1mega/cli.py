@@ -173,7 +173,8 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _audit_folder(folder: Path) -> tuple[list[str], dict[str, Any], bool]:
     from r1mega.report.audit import described, inspected
-    from r1mega.weights.audit import figures, has_weights, inspect, read_config, stored_figures
+    from r1mega.weights.architecture import read_config
+    from r1mega.weights.audit import figures, has_weights, inspect, stored_figures
 
     expected = figures(read_config(folder))
     if not has_weights(folder):
@@ -186,8 +187,7 @@ def _audit_folder(folder: Path) -> tuple[list[str], dict[str, Any], bool]:
 def _audit_layout(folder: Path, path: Path) -> tuple[list[str], dict[str, Any], bool]:
     from r1mega.config.loading import load_layout
     from r1mega.report.audit import fitted
-    from r1mega.weights.architecture import Architecture
-    from r1mega.weights.audit import read_config
+    from r1mega.weights.architecture import Architecture, read_config
     from r1mega.weights.placement import Spelling
     from r1mega.weights.ranks import rank_classes
 
@@ -200,8 +200,7 @@ def _audit_layout(folder: Path, path: Path) -> tuple[list[str], dict[str, Any], 
 def _audit_rank(folder: Path, path: Path, rank: int) -> tuple[list[str], dict[str, Any], bool]:
     from r1mega.config.loading import load_layout
     from r1mega.report.audit import built
-    from r1mega.weights.architecture import Architecture
-    from r1mega.weights.audit import read_config
+    from r1mega.weights.architecture import Architecture, read_config
     from r1mega.weights.placement import placement
 
     file, arch = load_layout(path), Architecture.from_hf(read_config(folder))

@@ -148,7 +148,7 @@ def _truncate(folder):
     os.truncate(file, file.stat().st_size - 1)
 
 
-UNREADABLE = r"only: the checkpoint's index \.metadata cannot be read"
+UNREADABLE = r"only/\.metadata: (cannot be read|damaged)"
 DAMAGE = {
     "truncated": (_truncate, r"only/__0_\d\.distcp: has \d+ bytes of \d+; the checkpoint is not whole"),
     "without a file": (lambda folder: next(folder.glob("*.distcp")).unlink(), r"only/__0_\d\.distcp: missing; the checkpoint is not whole"),

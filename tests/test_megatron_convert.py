@@ -18,7 +18,7 @@ from r1mega.megatron import checkpoint
 from r1mega.megatron.policy import Policy
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.moving import reader_of
-from r1mega.weights.safetensors_io import Reader
+from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, save
 
 pytestmark = pytest.mark.lane

@@ -35,6 +35,20 @@ SHORT = [
     "stages.zero.evaluation.suites.heldout.prompts.limit=8",
     "stages.zero.evaluation.suites.heldout.k=2",
 ]
+# Checkpoints are written beside the training and appear an update or two late: enough updates must be left to break.
+KILLED = {
+    "grpo": ("configs/tiny/r1_zero.yaml", "01-zero", [*SHORT, "stages.zero.updates=10", "stages.zero.evaluation=null"]),
+    "pretrain": (
+        "configs/tiny/base.yaml",
+        "01-base",
+        [
+            # The kill falls into the first of two phases, or into the second: both have their own corpus and schedule.
+            *(f"stages.base.phases.{phase}.{change}" for phase in (0, 1) for change in ("updates=6", "documents_per_update=32")),
+            *("stages.base.phases.0.optimizer.warmup=2", "stages.base.phases.1.optimizer.warmup=2"),
+            *("stages.base.save_every=2", "stages.base.evaluation=null", "stages.base.gates=[]"),
+        ],
+    ),
+}
 pytestmark = pytest.mark.lane
 
 
@@ -124,26 +138,26 @@ def test_a_length_cap_beyond_the_context_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_killed_run_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    recipe, stage, changes = KILLED[kind]
+
     def command(folder: str) -> list[str]:
-        recipe = str(ROOT / "configs/tiny/r1_zero.yaml")
-        # Files are written beside the training, so the first checkpoint appears an update or two late: enough must be left to break.
-        changes = [*SHORT, "stages.zero.updates=10", "stages.zero.evaluation=null"]
-        return [sys.executable, "-m", "r1mega.cli", "run", recipe, "-o", str(tmp_path / folder), *changes]
+        return [sys.executable, "-m", "r1mega.cli", "run", str(ROOT / recipe), "-o", str(tmp_path / folder), *changes]
 
     subprocess.run(command("straight"), check=True, timeout=300, stdout=subprocess.DEVNULL)
     broken = subprocess.Popen(command("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    checkpoint = tmp_path / "broken/stages/01-zero/checkpoints/update-000002"
+    checkpoint = tmp_path / "broken/stages" / stage / "checkpoints/update-000002"
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.wait()
-    assert checkpoint.exists() and not (tmp_path / "broken/stages/01-zero/artifact").exists()
+    assert checkpoint.exists() and not (tmp_path / "broken/stages" / stage / "artifact").exists()
     subprocess.run(command("broken"), check=True, timeout=300, stdout=subprocess.DEVNULL)
-    one, other = (load_file(tmp_path / name / "stages/01-zero/artifact/model.safetensors") for name in ("straight", "broken"))
+    one, other = (load_file(tmp_path / name / "stages" / stage / "artifact/model.safetensors") for name in ("straight", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    rows = [read_metrics(tmp_path / name / "stages/01-zero/metrics.jsonl") for name in ("straight", "broken")]
+    rows = [read_metrics(tmp_path / name / "stages" / stage / "metrics.jsonl") for name in ("straight", "broken")]
     for straight, resumed in zip(*rows, strict=True):
         assert {k: v for k, v in straight.items() if not k.startswith("seconds")} == {
             k: v for k, v in resumed.items() if not k.startswith("seconds")

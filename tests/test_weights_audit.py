@@ -9,8 +9,9 @@ from test_weights_plan import random_tensors
 from test_weights_table import V3_CONFIG, tiny, tiny_config
 
 from r1mega.errors import UserError
-from r1mega.weights.audit import Figures, figures, has_weights, inspect, read_config, stored_figures
-from r1mega.weights.safetensors_io import Reader
+from r1mega.weights.architecture import read_config
+from r1mega.weights.audit import Figures, figures, has_weights, inspect, stored_figures
+from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, save
 
 

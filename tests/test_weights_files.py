@@ -17,7 +17,7 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.moving import load_local
 from r1mega.weights.placement import Spelling, placement
-from r1mega.weights.safetensors_io import INDEX, Reader
+from r1mega.weights.safetensors_in import INDEX, Reader
 from r1mega.weights.safetensors_out import Encoding, new_folder, save
 from r1mega.weights.table import Storage
 

@@ -16,11 +16,11 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from r1mega.errors import UserError
 from r1mega.megatron.policy import Policy
+from r1mega.weights.dist_checkpoint import stored_shapes
 
 _STATE = "state.json"
 # Megatron-Core 0.19 has a second writer, for which it needs a package that exists with CUDA only.
@@ -188,7 +188,7 @@ def check(folder: Path, tensors: Mapping[str, Any]) -> None:
     for problem, _ in found:
         if problem:
             raise UserError(problem)
-    unexpected = _stored_shapes(folder).keys() - set().union(*(keys for _, keys in found))
+    unexpected = stored_shapes(folder).keys() - set().union(*(keys for _, keys in found))
     if unexpected:
         raise UserError(f"{folder}: not a checkpoint of this model, which has no {_first(unexpected)}")
 
@@ -200,20 +200,9 @@ def _parts(tensor: Any) -> list[ShardedTensor]:
 def _problem(folder: Path, wanted: Mapping[str, ShardedTensor]) -> str | None:
     """Why the folder is not a checkpoint of these tensors, if it is not."""
     try:
-        metadata = FileSystemReader(str(folder)).read_metadata()
-        shapes = _stored_shapes(folder)
-    # Whatever unpickling a damaged file may raise.
-    except Exception as error:  # noqa: BLE001
-        return f"{folder}: the checkpoint's index .metadata cannot be read ({type(error).__name__}: {error})"
-    sizes: dict[str, int] = {}
-    for stored in (metadata.storage_data or {}).values():
-        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path}: missing; the checkpoint is not whole"
-        if path.stat().st_size < size:
-            return f"{path}: has {path.stat().st_size} bytes of {size}; the checkpoint is not whole"
+        shapes = stored_shapes(folder)
+    except UserError as error:
+        return str(error)
     missing = wanted.keys() - shapes.keys()
     if missing:
         return f"{folder}: not a checkpoint of this model: it has no {_first(missing)}"
@@ -227,10 +216,6 @@ def _problem(folder: Path, wanted: Mapping[str, ShardedTensor]) -> str | None:
 
 def _first(keys: set[str]) -> str:
     return min(keys) + (f" and {len(keys) - 1} more tensors" if len(keys) > 1 else "")
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()}
 
 
 def _give_states(optimizer: Any, steps: int) -> None:

@@ -13,7 +13,7 @@ from r1mega.errors import UserError
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
-from r1mega.weights.safetensors_io import Reader
+from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
 
 

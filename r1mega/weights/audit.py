@@ -12,14 +12,12 @@ import torch
 
 from r1mega.errors import UserError
 from r1mega.weights import fp8
-from r1mega.weights.architecture import Architecture
-from r1mega.weights.architecture import read_config as read_config
+from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.canonical import Tensor, canonical
-from r1mega.weights.safetensors_io import INDEX, SCALE, Reader, headers, specs_of
-from r1mega.weights.safetensors_out import strips
+from r1mega.weights.safetensors_in import INDEX, SCALE, Reader, headers, specs_of
+from r1mega.weights.safetensors_out import STRIP_VALUES, strips
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STRIP_VALUES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _compare(reader: Reader, expected: Mapping[str, Tensor], found: Findings) ->
 def _digest(reader: Reader, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
     """(digest of the values in float32, whether all are finite)."""
     digest, finite = hashlib.blake2b(repr(shape).encode(), digest_size=16), True
-    for box in strips(shape, _STRIP_VALUES):
+    for box in strips(shape, STRIP_VALUES):
         values = reader.read(name, box).float()
         finite = finite and bool(values.isfinite().all())
         digest.update(values.contiguous().view(torch.uint8).numpy().data)

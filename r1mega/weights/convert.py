@@ -4,6 +4,7 @@ A conversion is a list of files to write. Each is written by one process from re
 finished, and leaves a record when it is: an interrupted conversion goes on after the last record. The target appears at the end, whole.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -23,14 +24,13 @@ from torch import Tensor
 from r1mega.errors import UserError
 from r1mega.process import die_with_parent
 from r1mega.weights import dist_checkpoint, safetensors_out
-from r1mega.weights.architecture import Architecture
-from r1mega.weights.audit import read_config
+from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.checkpoint_keys import stored_tensors
 from r1mega.weights.dist_checkpoint import DistFile, DistReader, Written, is_dist_checkpoint
-from r1mega.weights.safetensors_io import Reader
-from r1mega.weights.safetensors_out import Encoding, Read, Shard
+from r1mega.weights.safetensors_in import Reader
+from r1mega.weights.safetensors_out import Encoding, Shard
 
 Format = Literal["hf", "megatron"]
 
@@ -122,6 +122,10 @@ def plan(conversion: Conversion) -> Plan:
 
     UserError: the source is not there, damaged, or lacks a tensor; the target exists; FP8 for a family that has none.
     """
+    return _open(conversion)[0]
+
+
+def _open(conversion: Conversion) -> tuple[Plan, "_Source"]:
     safetensors_out.refuse_existing(conversion.target)
     if conversion.block_fp8 and conversion.to == "megatron":
         raise UserError("block FP8 is a format of Hugging Face checkpoints; Megatron quantises for itself")
@@ -140,7 +144,7 @@ def plan(conversion: Conversion) -> Plan:
         files: Sequence[Shard | DistFile] = dist_checkpoint.dist_files(stored_tensors(arch), dtype, conversion.file_bytes)
     else:
         files = safetensors_out.shards(tensors, conversion.encoding, conversion.file_bytes)
-    return Plan(conversion, arch, folder, tuple(files))
+    return Plan(conversion, arch, folder, tuple(files)), source
 
 
 def config_folder(source: Path, model: Path | None) -> Path:
@@ -228,21 +232,18 @@ def _prepare() -> None:
     torch.set_num_threads(1)
 
 
-@lru_cache(maxsize=1)
-def _opened(conversion: Conversion) -> tuple[Plan, Read]:
-    """What a process needs for its files; made once."""
-    found = plan(conversion)
-    return found, _Source(conversion, found.arch).read
+_opened = lru_cache(maxsize=1)(_open)
+"""What a process needs for its files, made once."""
 
 
 def _write(conversion: Conversion, index: int) -> int:
-    plan, read = _opened(conversion)
+    plan, source = _opened(conversion)
     file = plan.files[index]
     path, unfinished = conversion.partial / file.name, conversion.partial / f".{file.name}.unfinished"
     if isinstance(file, DistFile):
-        record: Any = [asdict(written) for written in dist_checkpoint.write_file(unfinished, file.chunks, read)]
+        record: Any = [asdict(written) for written in dist_checkpoint.write_file(unfinished, file.chunks, source.read)]
     else:
-        record = safetensors_out.write_shard(unfinished, file.tensors, conversion.encoding, read)
+        record = safetensors_out.write_shard(unfinished, file.tensors, conversion.encoding, source.read)
     os.replace(unfinished, path)
     note = _note(conversion.partial, file)
     note.with_suffix(".tmp").write_text(json.dumps({"size": path.stat().st_size, "content": record}), encoding="utf-8")
@@ -296,8 +297,6 @@ def _begun(plan: Plan) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    import fcntl
-
     with open(folder / _PLAN, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -59,7 +59,7 @@ class DistReader:
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
         self.folder = folder
-        self._index = _read_metadata(folder)
+        self._index = read_metadata(folder)
         self._files: dict[str, mmap.mmap] = {}
         self._chunks: dict[str, list[tuple[Box, filesystem._StorageInfo]]] = {}
         self._parts: dict[str, list[tuple[str, Box, Box]]] = {}
@@ -70,12 +70,15 @@ class DistReader:
                 for region, name, source in stored.parts:
                     self._parts.setdefault(name, []).append((stored.key, region, source))
         self._checked: set[tuple[str, int]] = set()
-        for place, info in (self._index.storage_data or {}).items():
-            found = self._index.state_dict_metadata.get(place.fqn)
-            if isinstance(found, TensorStorageMetadata):
-                self._chunks.setdefault(place.fqn, []).append((_chunk_box(place, found), info))
-                if info.offset + info.length > len(self._file(info.relative_path)):
-                    raise UserError(f"{folder / info.relative_path}: truncated; {METADATA} puts {place.fqn} behind its end")
+        ranks = {key: len(found.size) for key, found in _tensors(self._index)}
+        sizes = {key: {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in found.chunks} for key, found in _tensors(self._index)}
+        for place, info in self._index.storage_data.items():
+            if place.fqn in sizes:
+                start = tuple(place.offset or (0,) * ranks[place.fqn])
+                if start not in sizes[place.fqn]:
+                    raise UserError(f"{folder / METADATA}: {place.fqn} has no chunk at {list(start)}")
+                box = Box.whole(sizes[place.fqn][start]).shift(start)
+                self._chunks.setdefault(place.fqn, []).append((box, info))
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
@@ -154,14 +157,6 @@ def _joined(box: Box, pieces: Iterable[tuple[Box, Tensor]]) -> Tensor:
     return result
 
 
-def _chunk_box(place: MetadataIndex, tensor: TensorStorageMetadata) -> Box:
-    start = tuple(place.offset or (0,) * len(tensor.size))
-    for chunk in tensor.chunks:
-        if tuple(chunk.offsets) == start:
-            return Box(start, tuple(a + b for a, b in zip(start, chunk.sizes, strict=True)))
-    raise UserError(f"{METADATA}: {place.fqn} has no chunk at {list(start)}")
-
-
 _KNOWN = {
     (module.__name__, name): getattr(module, name)
     for module, names in (
@@ -189,7 +184,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def _read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
+    """The index of a checkpoint whose files are all there and as long as it says. UserError for anything else."""
     path = folder / METADATA
     try:
         with open(path, "rb") as file:
@@ -198,9 +194,27 @@ def _read_metadata(folder: Path) -> Metadata:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged, or not the metadata of a distributed checkpoint ({error})") from None
-    if not isinstance(found, Metadata):
+    if not isinstance(found, Metadata) or found.storage_data is None:
         raise UserError(f"{path}: not the metadata of a distributed checkpoint")
+    ends: dict[str, int] = {}
+    for info in found.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        file_path = folder / name
+        if not file_path.is_file():
+            raise UserError(f"{file_path}: missing; the checkpoint is not whole")
+        if file_path.stat().st_size < end:
+            raise UserError(f"{file_path}: has {file_path.stat().st_size} bytes of {end}; the checkpoint is not whole")
     return found
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor of a checkpoint, optimizer states included, by key. Errors are those of `read_metadata`."""
+    return {key: tuple(found.size) for key, found in _tensors(read_metadata(folder))}
+
+
+def _tensors(index: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    return ((key, found) for key, found in index.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata))
 
 
 @dataclass(frozen=True)

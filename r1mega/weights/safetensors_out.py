@@ -17,12 +17,12 @@ from torch import Tensor
 
 from r1mega.errors import UserError
 from r1mega.weights import fp8
-from r1mega.weights.architecture import Architecture
+from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import Tensor as Canonical
 from r1mega.weights.canonical import canonical
 from r1mega.weights.moving import reader_of
-from r1mega.weights.safetensors_io import DTYPES, INDEX, Stored, specs_of
+from r1mega.weights.safetensors_in import DTYPES, INDEX, Stored, specs_of
 
 Read = Callable[[str, Box], Tensor]
 """A region of a canonical tensor, by the tensor's name."""
@@ -162,7 +162,7 @@ def copy_side_files(source: Path, target: Path, encoding: Encoding) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    config = restated(json.loads((source / "config.json").read_text(encoding="utf-8")), encoding)
+    config = restated(read_config(source), encoding)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
