@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Optimizer, Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.exchange import Exchange
 from r1mega.megatron.policy import Policy

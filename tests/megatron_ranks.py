@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Optimizer, Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, TokenLoss
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.moving import reader_of

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Optimizer, Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import TokenSequence
 from r1mega.megatron import platform, topology
 from r1mega.megatron.exchange import Exchange

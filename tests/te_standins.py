@@ -105,7 +105,7 @@ def main(config: Path, checkpoint: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
     from r1mega.config.layout import Layout
-    from r1mega.config.schema import Optimizer, Train
+    from r1mega.config.training import Optimizer, Train
     from r1mega.megatron import platform
     from r1mega.megatron.checkpoint import Checkpoints
     from r1mega.megatron.platform import cuda

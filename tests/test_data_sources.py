@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from r1mega.config.schema import PromptSet
+from r1mega.config.prompts import PromptSet
 from r1mega.data.prompts import Message, Prompt
 from r1mega.data.sources import load_prompts
 from r1mega.data.split import is_heldout, normalised

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from r1mega.config.schema import TinyCorpus
+from r1mega.config.corpora import TinyCorpus
 from r1mega.data.prompts import Prompt
 from r1mega.data.split import is_heldout
 from r1mega.data.tiny import document, documents, prompts

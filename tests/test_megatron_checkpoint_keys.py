@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from test_weights_table import V3
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Train
+from r1mega.config.training import Train
 from r1mega.megatron import checkpoint
 from r1mega.megatron.policy import Policy
 from r1mega.weights.architecture import Architecture

@@ -13,7 +13,7 @@ from test_weights_plan import random_tensors
 
 from r1mega import cli
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Train
+from r1mega.config.training import Train
 from r1mega.megatron import checkpoint
 from r1mega.megatron.policy import Policy
 from r1mega.weights.architecture import Architecture

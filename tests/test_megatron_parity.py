@@ -15,7 +15,7 @@ from megatron_support import LLAMA, MOONLIGHT, QWEN, V2, V3
 from safetensors.torch import load_file, save_file
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Train
+from r1mega.config.training import Train
 from r1mega.data.packing import TokenSequence
 from r1mega.megatron.policy import Policy
 from r1mega.pipeline.model_folder import ModelFolder

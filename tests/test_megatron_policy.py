@@ -11,7 +11,7 @@ import megatron_support as support
 from megatron_support import LLAMA, MOONLIGHT, QWEN, V2, V3
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Optimizer, Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import TokenSequence
 from r1mega.errors import UserError
 from r1mega.megatron import platform, topology

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1mega.config.schema import GrpoObjective
+from r1mega.config.training import GrpoObjective
 from r1mega.objectives.grpo import PolicyLoss, group_advantages, kl_estimate, policy_loss, token_weights, uniform_groups
 
 GRPO = GrpoObjective()

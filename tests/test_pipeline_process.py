@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import re, sys
-from r1mega.config.schema import Reward
+from r1mega.config.rollout import Reward
 from r1mega.data.prompts import Prompt
 from r1mega.rewards.judge import Judge
 

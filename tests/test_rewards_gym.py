@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r1mega.config.schema import PromptSet
+from r1mega.config.prompts import PromptSet
 from r1mega.data.sources import load_prompts
 from r1mega.errors import UserError
 from r1mega.rewards import gym

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from r1mega.config.schema import Reward
+from r1mega.config.rollout import Reward
 from r1mega.data.prompts import Message, Prompt
 from r1mega.errors import UserError
 from r1mega.rewards.imports import load_function
@@ -218,7 +218,7 @@ def test_closing_ends_the_workers(folder: Path) -> None:
 def test_workers_end_with_the_trainer(folder: Path) -> None:
     script = f"""
         import os, pathlib
-        from r1mega.config.schema import Reward
+        from r1mega.config.rollout import Reward
         from r1mega.data.prompts import Prompt
         from r1mega.rewards.judge import Judge
         judge = Judge({{"pid": Reward(function="obedient:pid")}}, 1, [pathlib.Path({str(folder)!r})])

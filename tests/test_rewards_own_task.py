@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.config.loading import load_recipe
-from r1mega.config.schema import Grpo
+from r1mega.config.stages import Grpo
 from r1mega.data.prompts import Prompt
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode

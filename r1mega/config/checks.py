@@ -5,7 +5,8 @@ from pathlib import Path
 
 from r1mega.config import tree
 from r1mega.config.base import PathMark
-from r1mega.config.schema import Grpo, Recipe
+from r1mega.config.schema import Recipe
+from r1mega.config.stages import Grpo
 from r1mega.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*$")

@@ -8,7 +8,8 @@ from pydantic.fields import FieldInfo
 
 from r1mega.config import tree
 from r1mega.config.base import Closed
-from r1mega.config.schema import Recipe, Stage
+from r1mega.config.schema import Recipe
+from r1mega.config.stages import Stage
 from r1mega.errors import UserError
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

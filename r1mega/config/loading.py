@@ -13,8 +13,9 @@ from pydantic_core import ErrorDetails
 from r1mega.config import tree, yaml
 from r1mega.config.base import Closed, PathMark
 from r1mega.config.checks import check
+from r1mega.config.evaluation import Suite
 from r1mega.config.layout import LayoutFile
-from r1mega.config.schema import Recipe, Suite
+from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
 
 C = TypeVar("C", bound=Closed)

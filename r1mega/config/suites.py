@@ -3,8 +3,8 @@
 from importlib import resources
 from pathlib import Path
 
+from r1mega.config.evaluation import Suite
 from r1mega.config.loading import load_suite
-from r1mega.config.schema import Suite
 from r1mega.errors import UserError
 
 

@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from r1mega.config.schema import GymPrompts
+from r1mega.config.prompts import GymPrompts
 from r1mega.data.prompts import Prompt
 from r1mega.errors import UserError
 

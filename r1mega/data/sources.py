@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from r1mega.config.schema import DatasetPrompts, GymPrompts, JsonlPrompts, ParquetPrompts, Prompts, PromptSet, TinyPrompts
+from r1mega.config.prompts import DatasetPrompts, GymPrompts, JsonlPrompts, ParquetPrompts, Prompts, PromptSet, TinyPrompts
 from r1mega.data.prompts import Message, Prompt
 from r1mega.data.split import is_heldout, normalised
 from r1mega.errors import UserError

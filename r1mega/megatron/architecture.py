@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Train
+from r1mega.config.training import Train
 from r1mega.errors import UserError
 from r1mega.megatron import platform
 from r1mega.megatron.topology import MEGATRON_VERSION

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Optimizer, Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
 from r1mega.megatron import architecture, head, limits, model, topology
 from r1mega.megatron.exchange import Exchange

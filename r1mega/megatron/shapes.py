@@ -8,7 +8,7 @@ import torch
 from megatron.core import package_info
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Train
+from r1mega.config.training import Train
 from r1mega.megatron import model, platform, topology
 from r1mega.megatron.architecture import transformer_config
 from r1mega.weights.architecture import Architecture

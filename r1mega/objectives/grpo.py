@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from r1mega.config.schema import GrpoObjective
+from r1mega.config.training import GrpoObjective
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Recipe, Stage
+from r1mega.config.schema import Recipe
+from r1mega.config.stages import Stage
 from r1mega.pipeline.metrics import MetricsWriter
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.report.progress import Progress

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1mega.config.base import FunctionMark, PathMark, Schedule, at
-from r1mega.config.schema import Evaluate, Grpo, Pretrain, PromptSet, Recipe, Stage, Suite
+from r1mega.config.evaluation import Suite
+from r1mega.config.prompts import PromptSet
+from r1mega.config.schema import Recipe
+from r1mega.config.stages import Evaluate, Grpo, Pretrain, Stage
 from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline.artifacts import check_model

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from r1mega.config.schema import Reward
+from r1mega.config.rollout import Reward
 from r1mega.data.prompts import Prompt
 from r1mega.errors import UserError
 from r1mega.rewards.worker import pack

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from r1mega.config.schema import Rollout
+from r1mega.config.rollout import Rollout
 from r1mega.errors import UserError
 from r1mega.rollout.engine import Engine
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from r1mega.config.base import at
-from r1mega.config.schema import Evaluate, Gate, Reward, Rollout, Suite
+from r1mega.config.evaluation import Gate, Suite
+from r1mega.config.rollout import Reward, Rollout
+from r1mega.config.stages import Evaluate
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode
 from r1mega.errors import UserError

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from r1mega.config.base import at
-from r1mega.config.schema import Grpo, GrpoObjective
+from r1mega.config.stages import Grpo
+from r1mega.config.training import GrpoObjective
 from r1mega.data.packing import TokenSequence
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1mega.config.schema import Corpus, JsonlCorpus, Phase, Pretrain, TinyCorpus
+from r1mega.config.corpora import Corpus, JsonlCorpus, Phase, TinyCorpus
+from r1mega.config.stages import Pretrain
 from r1mega.data import tiny
 from r1mega.data.packing import TokenSequence
 from r1mega.errors import UserError

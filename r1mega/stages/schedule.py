@@ -2,7 +2,7 @@
 
 import math
 
-from r1mega.config.schema import Optimizer
+from r1mega.config.training import Optimizer
 
 
 def learning_rate(settings: Optimizer, update: int, updates: int) -> float:

@@ -13,7 +13,7 @@ import time
 import torch
 
 from r1mega.config.layout import Layout
-from r1mega.config.schema import Optimizer, Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import TokenSequence
 from r1mega.megatron import platform
 from r1mega.planner.flops import training_flops

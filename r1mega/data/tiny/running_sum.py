@@ -5,7 +5,7 @@ from itertools import count
 from random import Random
 from typing import Literal
 
-from r1mega.config.schema import TinyCorpus
+from r1mega.config.corpora import TinyCorpus
 from r1mega.data.prompts import Prompt
 from r1mega.data.split import is_heldout
 from r1mega.data.tiny.vocabulary import ANSWER, END_ANSWER, END_THINK, LANGUAGES, SO, THINK, WAIT

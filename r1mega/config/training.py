@@ -1,0 +1,68 @@
+"""Objectives, the optimizer, and how a training step is executed."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from r1mega.config.base import Closed
+
+
+class GrpoObjective(Closed):
+    """Group-relative policy optimisation and its published variants (DeepSeekMath, DeepSeek-R1, Dr.GRPO, DAPO)."""
+
+    clip: float = Field(10.0, gt=0, description="eps of the ratio clip on both sides; the R1 paper uses 10")
+    clip_high: float | None = Field(None, gt=0, description="upper eps when it differs from `clip` (DAPO: clip 0.2, clip_high 0.28)")
+    kl_coef: float = Field(1e-3, ge=0, description="beta, weight of the KL to the reference; 0 needs no reference model")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator; k3 = exp(d) - d - 1 with d = log pi_ref - log pi")
+    aggregation: Literal["sequence", "token", "constant"] = Field(
+        "sequence",
+        description="sequence: mean over a response's tokens, then over responses (GRPO); token: mean over all tokens (DAPO); "
+        "constant: sum over tokens divided by responses x `constant_length` (Dr.GRPO)",
+    )
+    constant_length: int | None = Field(None, ge=1, description="divisor of aggregation `constant`, usually the length cap")
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (Dr.GRPO: false)")
+    mask_truncated: bool = Field(False, description="leave responses that hit the length cap out of the loss (DAPO)")
+    drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal (DAPO's dynamic sampling)")
+
+    @model_validator(mode="after")
+    def _constant_needs_its_length(self) -> "GrpoObjective":
+        if self.aggregation == "constant" and self.constant_length is None:
+            raise ValueError("aggregation 'constant' needs constant_length")
+        return self
+
+
+class Optimizer(Closed):
+    """AdamW with a warm-up and a decay, through Megatron-Core's optimizer."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    min_lr: float | None = Field(None, ge=0, description="learning rate at the end of the decay; left out: no decay")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="shape of the decay from lr to min_lr")
+    warmup: int = Field(0, ge=0, description="updates of linear warm-up from 0")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean of squared gradients")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; norms and biases are exempt")
+    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
+    distributed: bool = Field(True, description="shard optimizer states over data-parallel ranks (ZeRO-1)")
+
+
+class Train(Closed):
+    """How a training step is executed."""
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations; gradients are float32")
+    fp8: Literal["none", "blockwise", "tensorwise", "mxfp8"] = Field("none", description="Transformer Engine's FP8 recipe; CUDA only")
+    chunk_tokens: int = Field(4096, ge=8, description="tokens of one packed micro-batch; the longest sequence must fit")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    logprob_chunk: int = Field(2048, ge=1, description="tokens whose logits exist at once when log-probs are computed")
+    router_bias_rate: float = Field(0.0, ge=0, description="update rate of the router's expert bias (V3: 1e-3 in pre-training, 0 in RL)")
+    aux_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise expert-balance loss (V3: 1e-4 in pre-training)")
+    mtp_loss: float = Field(0.0, ge=0, description="weight of the multi-token-prediction loss; 0 leaves the MTP weights as they are")
+    async_save: bool = Field(True, description="go on training while a checkpoint's files are written")
+
+
+class PretrainTrain(Train):
+    """How a pre-training step is executed: Train with the balance and MTP losses of DeepSeek-V3 on."""
+
+    router_bias_rate: float = Field(1e-3, ge=0, description="update rate of the router's expert bias")
+    aux_loss: float = Field(1e-4, ge=0, description="weight of the sequence-wise expert-balance loss")
+    mtp_loss: float = Field(0.3, ge=0, description="weight of the multi-token-prediction loss; 0 leaves the MTP weights as they are")
