@@ -104,6 +104,36 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="Hugging Face model folder")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question (default: every line of the input)")
+    parser.add_argument(
+        "--template", choices=("none", "r1_zero", "chat"), help="how the question is shown (default: chat where the tokenizer has it)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: 0.6)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus mass (default: 0.95)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest response (default: what the context leaves, at most 32768)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the responses (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="BLAS threads (default: 1)")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from r1mega.pipeline.artifacts import check_model
+
+    if (options.max_new_tokens is not None and options.max_new_tokens < 1) or options.threads < 1:
+        raise UserError("--max-new-tokens and --threads must be at least 1")
+    if not options.temperature >= 0 or not 0 < options.top_p <= 1:
+        raise UserError("--temperature must be at least 0, --top-p above 0 and at most 1")
+    folder = check_model(options.model, "MODEL_DIR")
+    from r1mega import sample
+
+    settings = sample.Settings(options.template, options.temperature, options.top_p, options.max_new_tokens, options.seed)
+    sample.run(folder, options.prompt, settings, options.threads)
+    return 0
+
+
 def _declare_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder, or Megatron distributed checkpoint")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to make")
@@ -237,6 +267,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
+    "sample": ("ask a model something in the terminal", _declare_sample, _sample),
     "convert": ("from Hugging Face to Megatron and back, to another dtype or to block FP8", _declare_convert, _convert),
     "audit": ("what a model folder holds and what is wrong with it, or what the ranks of a layout hold", _declare_audit, _audit),
     "explain": ("what a key of a recipe means, or the keys below it", _declare_explain, _explain),
