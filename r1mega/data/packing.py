@@ -57,6 +57,15 @@ class PackedBatch:
     extras: Mapping[str, Tensor]
     """[T] float32 each, the sequences' extras."""
 
+    @property
+    def ends(self) -> Tensor:
+        """[T] int64, at the last token of a sequence its index in the caller's list, -1 elsewhere."""
+        found = torch.full_like(self.tokens, -1)
+        for start, length, index in zip(self.cu_seqlens.tolist(), self.lengths, self.sequences, strict=False):
+            if length:
+                found[start + length - 1] = index
+        return found
+
 
 def round_up(n: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is >= n."""

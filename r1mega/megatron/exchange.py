@@ -44,7 +44,11 @@ class Exchange:
         load_local(self._weights, self.placed, read)
 
     def initialize(self, std: float, seed: int) -> None:
-        """Draw fresh weights: norms 1, biases 0, everything else normal with the given standard deviation.
+        """Draw fresh weights for all of this rank's shards, see `fresh`."""
+        self.load(self.fresh(std, seed))
+
+    def fresh(self, std: float, seed: int) -> Read:
+        """Freshly drawn tensors: norms 1, biases 0, everything else normal with the given standard deviation.
 
         Projections back into the residual stream get std / sqrt(2 layers), Megatron-Core's own default (and GPT-2's).
         Each tensor has a generator of its own, seeded by its canonical name, so a model starts the same under every layout.
@@ -61,7 +65,7 @@ class Exchange:
             scale = std / math.sqrt(2 * self._arch.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
             return torch.randn(shapes[name], generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1)) * scale
 
-        self.load(lambda name, box: draw(name)[box.slices])
+        return lambda name, box: draw(name)[box.slices]
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel for an `Architecture`, and the two places where r1mega's differs from it."""
+"""Megatron-Core's GPTModel for an `Architecture`, and the places where r1mega's differs from it."""
 
 import inspect
 from dataclasses import replace
@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1mega.config.layout import Layout
 from r1mega.megatron import platform
@@ -22,6 +22,7 @@ class LanguageModel(GPTModel):
     """A GPTModel whose last stage returns hidden states instead of logits.
 
     Log-probs are then computed chunk by chunk (`head.token_logprobs`), for the trunk and for the MTP layer alike.
+    The last stage of a reward model has a `score`, the same on every tensor-parallel rank, and no output layer.
     """
 
     def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
@@ -93,6 +94,9 @@ def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None) 
         mtp_block_spec=_mtp_spec(arch, config, vp_stage) if last else None,
         vp_stage=vp_stage,
     )
+    if last and arch.head == "score":
+        del model.output_layer
+        model.score = nn.Linear(arch.hidden, 1, bias=False, dtype=config.params_dtype)
     return model.to(platform.active().device())
 
 

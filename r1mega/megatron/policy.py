@@ -41,6 +41,8 @@ class LocalBatch:
     loss_weights: Tensor
     mtp_labels: Tensor
     mtp_weights: Tensor
+    ends: Tensor
+    """[tokens] int64, at a sequence's last token its index among the update's sequences, -1 elsewhere."""
     packing: PackedSeqParams
     extras: dict[str, Tensor]
 
@@ -60,6 +62,10 @@ class TokenLoss:
     loss: Tensor
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     peaks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Loss = Callable[[Tensor, LocalBatch], tuple[Tensor, TokenLoss]]
+"""From the last stage's hidden states of a micro-batch to its share of the loss, and what of it goes into the metrics."""
 
 
 class Objective(Protocol):
@@ -152,7 +158,7 @@ class Policy:
         return [self._share(pack(sequences, chunk, self.pad_to, self.align)) for chunk in chunks]
 
     def _share(self, batch: PackedBatch) -> LocalBatch:
-        device = self._device
+        device = self.device
         cp, rank = self.layout.cp, parallel_state.get_context_parallel_rank()
         held = slice(None) if cp == 1 else context_parallel_index(batch.cu_seqlens, cp, rank)
 
@@ -168,6 +174,7 @@ class Policy:
             loss_weights=share(batch.loss_weights),
             mtp_labels=share(batch.mtp_labels),
             mtp_weights=share(batch.mtp_weights),
+            ends=share(batch.ends),
             packing=PackedSeqParams(
                 qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
             ),
@@ -182,11 +189,11 @@ class Policy:
         found: list[Tensor] = []
 
         def collect(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
-            logprobs, _ = self._head(self._trunk(hidden), batch.labels, batch.mask, temperature)
+            logprobs, _ = self._head(self.trunk(hidden), batch.labels, batch.mask, temperature)
             found.append(logprobs)
             return hidden.new_zeros(()), {}
 
-        self._run(batches, collect, forward_only=True)
+        self.run(batches, collect, forward_only=True)
         return found if self.is_last_stage else None
 
     def step(self, batches: Sequence[LocalBatch], objective: Objective, lr: float, temperature: float = 1.0) -> StepResult:
@@ -197,16 +204,20 @@ class Policy:
         Raises:
             NotFinite: loss or gradient norm is not finite; parameters, router biases and optimizer are as they were.
         """
+        return self.descend(batches, lambda hidden, batch: self._loss(hidden, batch, objective, temperature), lr)
+
+    def descend(self, batches: Sequence[LocalBatch], lose: Loss, lr: float) -> StepResult:
+        """One optimizer step down what `lose` makes of the last stage's hidden states; see `step`, which says what errors there are."""
         # Megatron-Core updates the router biases with the gradients, before anyone has looked at these.
         biases = {key: weight.clone() for key, weight in self.weights.items() if not weight.requires_grad}
         try:
-            return self._step(batches, objective, lr, temperature)
+            return self._descend(batches, lose, lr)
         except NotFinite:
             for key, bias in biases.items():
                 self.weights[key].copy_(bias)
             raise
 
-    def _step(self, batches: Sequence[LocalBatch], objective: Objective, lr: float, temperature: float) -> StepResult:
+    def _descend(self, batches: Sequence[LocalBatch], lose: Loss, lr: float) -> StepResult:
         optimizer = self.optimizer
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -217,15 +228,15 @@ class Policy:
         tokens = self._total(sum(batch.tokens.shape[0] for batch in batches)) * self.layout.cp
         self.config.grad_scale_func = lambda loss: loss / tokens
 
-        def lose(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
-            loss, parts = self._loss(hidden, batch, objective, temperature)
+        def scaled(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
+            loss, parts = lose(hidden, batch)
             for name, value in parts.sums.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
             for name, value in parts.peaks.items():
                 peaks[name] = torch.maximum(peaks[name], value.detach()) if name in peaks else value.detach()
             return loss * tokens, {}
 
-        self._run(batches, lose, forward_only=False)
+        self.run(batches, scaled, forward_only=False)
         totals, highest = self._over_ranks(sums, dist.ReduceOp.SUM), self._over_ranks(peaks, dist.ReduceOp.MAX)
         loss = totals.pop("loss")
         if not math.isfinite(loss):
@@ -234,7 +245,7 @@ class Policy:
         return StepResult(loss, grad_norm, totals, highest)
 
     def _loss(self, hidden: Tensor, batch: LocalBatch, objective: Objective, temperature: float) -> tuple[Tensor, TokenLoss]:
-        logprobs, entropies = self._head(self._trunk(hidden), batch.labels, batch.mask, temperature)
+        logprobs, entropies = self._head(self.trunk(hidden), batch.labels, batch.mask, temperature)
         token_loss = objective(logprobs, entropies, batch)
         loss = (batch.loss_weights * token_loss.loss).sum()
         sums = {"loss": loss, **token_loss.sums}
@@ -246,7 +257,8 @@ class Policy:
             loss = loss + self.train.mtp_loss * mtp
         return loss, replace(token_loss, sums=sums)
 
-    def _trunk(self, hidden: Tensor) -> Tensor:
+    def trunk(self, hidden: Tensor) -> Tensor:
+        """Of the last stage's hidden states those that the head reads, without the MTP layer's."""
         return hidden.chunk(2)[0] if self.config.mtp_num_layers else hidden
 
     def _head(self, hidden: Tensor, labels: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -269,10 +281,10 @@ class Policy:
         blank = logprobs.new_zeros(labels.shape)
         return blank.index_copy(0, rows, logprobs), blank.index_copy(0, rows, entropies)
 
-    def _run(
+    def run(
         self, batches: Sequence[LocalBatch], finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], forward_only: bool
     ) -> None:
-        """Megatron-Core's schedule (none, 1F1B, interleaved) over the micro-batches."""
+        """Megatron-Core's schedule (none, 1F1B, interleaved) over the micro-batches; `finish` is called on the last stage."""
         for chunk in self._wrapped:
             chunk.train(not forward_only)
 
@@ -355,8 +367,10 @@ class Policy:
         return [weight.detach().to("cpu", copy=True) for weight in self.weights.values()]
 
     @contextmanager
-    def holding(self, other: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, other: Sequence[Tensor | None]) -> Iterator[None]:
         """Compute with other weights of the same shapes (a reference, a reward model) while this policy's wait on the host.
+
+        They come in the order of `weights`; None leaves a weight as it is.
 
         There is never a second model on the device.
         """
@@ -368,19 +382,21 @@ class Policy:
             self._put(own)
 
     @torch.no_grad()
-    def _put(self, values: Sequence[Tensor]) -> None:
+    def _put(self, values: Sequence[Tensor | None]) -> None:
         for weight, value in zip(self.weights.values(), values, strict=True):
-            weight.copy_(value)
+            if value is not None:
+                weight.copy_(value)
 
     # ------------------------------------------------------------ sums over ranks
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the weights are."""
         return next(iter(self.weights.values())).device
 
     def _total(self, value: float) -> float:
         """Sum over the data-parallel ranks."""
-        total = torch.tensor([float(value)], device=self._device)
+        total = torch.tensor([float(value)], device=self.device)
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.item()
 
@@ -393,7 +409,7 @@ class Policy:
         dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
         counts = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
         neutral = 0.0 if op == dist.ReduceOp.SUM else -math.inf
-        flat = torch.tensor([float(scalars[name]) if counts else neutral for name in names[0]], dtype=torch.float64, device=self._device)
+        flat = torch.tensor([float(scalars[name]) if counts else neutral for name in names[0]], dtype=torch.float64, device=self.device)
         dist.all_reduce(flat, op=op)
         return dict(zip(names[0], flat.tolist(), strict=True))
 

@@ -9,7 +9,7 @@ from r1mega.weights.architecture import Architecture
 def forward_flops(arch: Architecture, length: int) -> float:
     """FLOPs of one forward pass over a sequence, output head included, attention causal (half of the full square)."""
     layers = sum(_layer(arch, index) for index in range(arch.layers))
-    linear = layers + arch.hidden * arch.vocab
+    linear = layers + _head(arch)
     if arch.mtp_layers:
         linear += arch.mtp_layers * (2 * arch.hidden**2 + _layer(arch, arch.layers) + arch.hidden * arch.vocab)
     pairs = (arch.layers + arch.mtp_layers) * arch.heads * _attended(arch) / 2
@@ -23,7 +23,11 @@ def training_flops(arch: Architecture, length: int) -> float:
 
 def active_parameters(arch: Architecture) -> int:
     """Weights in the matrix products of one token, output head included, embedding and MTP layer left out."""
-    return sum(_layer(arch, index) for index in range(arch.layers)) + arch.hidden * arch.vocab
+    return sum(_layer(arch, index) for index in range(arch.layers)) + _head(arch)
+
+
+def _head(arch: Architecture) -> int:
+    return arch.hidden * (arch.vocab if arch.head == "lm" else 1)
 
 
 def _layer(arch: Architecture, index: int) -> int:

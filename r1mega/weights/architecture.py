@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from r1mega.errors import UserError
+
+CLASSIFIER = "ForSequenceClassification"
+"""How transformers' names of models with a score end."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Architecture:
     mla: Mla | None
     moe: Moe | None
     mtp_layers: int
+    head: Literal["lm", "score"] = "lm"
+    """What follows the last norm: the vocabulary, or the one score of a reward model."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -87,6 +92,10 @@ class Architecture:
         from r1mega.weights import families  # the families build Architectures, so they import this module
 
         return families.architecture(config)
+
+    def scored(self) -> "Architecture":
+        """The reward model of this shape: one score in place of the vocabulary, and no MTP layer, which predicts tokens."""
+        return replace(self, head="score", tied=False, mtp_layers=0)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -103,3 +112,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object")
     return config
+
+
+def scored_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the reward model of a model's shape: transformers' `...ForSequenceClassification` with one label."""
+    names = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2", "qwen2": "Qwen2", "llama": "Llama"}
+    kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+    if "num_nextn_predict_layers" in kept:
+        kept["num_nextn_predict_layers"] = 0
+    return kept | {"architectures": [names[config["model_type"]] + CLASSIFIER], "num_labels": 1}

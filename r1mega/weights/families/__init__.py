@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from r1mega.errors import UserError
-from r1mega.weights.architecture import Architecture
+from r1mega.weights.architecture import CLASSIFIER, Architecture
 from r1mega.weights.families import deepseek_v2, deepseek_v3, llama, qwen2
 from r1mega.weights.table import Table
 
@@ -19,7 +19,13 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     if kind not in _FAMILIES:
         raise UserError(f"config.json: model_type is {kind!r}, known families are {', '.join(_FAMILIES)}")
     arch: Architecture = _FAMILIES[kind].architecture(config)
-    return arch
+    if not any(str(name).endswith(CLASSIFIER) for name in config.get("architectures") or ()):
+        return arch
+    # transformers writes `id2label`, whose length is the number of labels, and takes 2 where neither key is there.
+    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))
+    if labels != 1:
+        raise UserError(f"config.json: {config['architectures'][0]} with {labels} labels; a reward model has one (num_labels: 1)")
+    return arch.scored()
 
 
 @lru_cache(maxsize=16)

@@ -16,7 +16,9 @@ def final_norm(arch: Architecture) -> Row:
 
 
 def head(arch: Architecture) -> Row | None:
-    """The output layer, None when it is the embedding."""
+    """The output layer, None when it is the embedding; of a reward model the score's projection."""
+    if arch.head == "score":
+        return Row("score.weight", (1, arch.hidden), "score.weight", "score.weight")
     name = "output_layer.weight"
     return None if arch.tied else Row("lm_head.weight", (arch.vocab, arch.hidden), name, name, Shard.VOCABULARY)
 
