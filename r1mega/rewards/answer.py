@@ -9,6 +9,7 @@ _BOX = "\\boxed{"
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"(?:[\s$,;]|\\[,;() \[\]]|\\text\{\s*(?:and|or)\s*\}|and|or)*")
 _SPACER = re.compile(r"(?:[\s$]|\\[() \[\]])*")
+_THOUGHT_TAG = re.compile("</?think>")
 _WINDOW = 10_000
 """Characters, counted from the end, in which a box is looked for."""
 
@@ -19,6 +20,25 @@ def after_thought(response: str) -> str:
     A response that never closes a thought that it opened has only what stands before it.
     """
     return response.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def thought(response: str) -> str | None:
+    """What `after_thought` leaves out: the text inside thoughts, one below the other; None for a response without a thought's tag.
+
+    A thought that is never closed reaches to the end, and one that is closed without being opened, as where the chat template opens
+    it, began where the response did.
+    """
+    pieces, start, inside = [], 0, False
+    for tag in _THOUGHT_TAG.finditer(response):
+        closes = tag[0] == "</think>"
+        if inside or closes:
+            pieces.append(response[start : tag.start()])
+        start, inside = tag.end(), not closes
+    if start == 0:
+        return None
+    if inside:
+        pieces.append(response[start:])
+    return "\n".join(pieces)
 
 
 def tagged_answer(text: str) -> str | None:
