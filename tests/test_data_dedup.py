@@ -135,7 +135,7 @@ QUESTION = r"Let $ABC$ be a triangle with $AB = 13$, $BC = 14$ and $CA = 15$. Fi
 def test_ten_words_in_a_row_are_found() -> None:
     contamination = Contamination([QUESTION, "What is the capital of the country that borders both of the others?"])
     assert contamination.found(f"Some words before. {QUESTION.upper()} And some after.") == "let abc be a triangle with ab 13 bc 14"
-    assert contamination.found("so ABC be a triangle with AB=13, BC=14") == "abc be a triangle with ab 13 bc 14"
+    assert contamination.found("so ABC be a triangle with AB=13, BC=14 and none") == "abc be a triangle with ab 13 bc 14 and"
     assert contamination.found("be a triangle with AB=13, BC=14") is None  # nine words
     assert contamination.found("Let ABC be a triangle with sides 13, 14 and 15; find the length of the altitude from B.") is None
     assert contamination.found("") is None
