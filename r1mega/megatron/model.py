@@ -95,6 +95,8 @@ def _chunk(arch: Architecture, config: TransformerConfig, vp_stage: int | None) 
         vp_stage=vp_stage,
     )
     if last and arch.head == "score":
+        # For GPTModel this is the word for an output layer, which it looks for in checkpoints and when it offloads.
+        model.post_process = False
         del model.output_layer
         model.score = nn.Linear(arch.hidden, 1, bias=False, dtype=config.params_dtype)
     return model.to(platform.active().device())

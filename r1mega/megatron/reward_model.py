@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from r1mega.data.packing import TokenSequence
+from r1mega.data.preferences import View
 from r1mega.errors import UserError
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, StepResult, TokenLoss
 from r1mega.weights.architecture import Architecture, read_config
@@ -28,9 +29,9 @@ from r1mega.weights.safetensors_in import Reader
 _SCORE = "score.weight"
 
 
-def as_sequences(ids: Sequence[Sequence[int]]) -> list[TokenSequence]:
+def as_sequences(ids: Sequence[Sequence[int] | Tensor]) -> list[TokenSequence]:
     """Token ids as `Policy.microbatches` takes them. None may be empty: it would have no last token."""
-    return [TokenSequence(torch.tensor(tokens), torch.zeros(len(tokens))) for tokens in ids]
+    return [TokenSequence(torch.as_tensor(tokens, dtype=torch.int64), torch.zeros(len(tokens))) for tokens in ids]
 
 
 def initialize(policy: Policy, reader: Reader, std: float, seed: int) -> None:
@@ -119,7 +120,8 @@ class RewardModel:
         Raises:
             UserError: the folder is no reward model, or not one of the policy's shapes.
         """
-        arch = Architecture.from_hf(read_config(folder))
+        config = read_config(folder)
+        arch = Architecture.from_hf(config)
         _check(arch, policy.arch.scored(), folder)
         shared = {tensor.name for tensor in canonical(arch)}
         placed = [
@@ -131,6 +133,8 @@ class RewardModel:
             reader.check(canonical(arch))
             load_local(host, placed, reader.read)
             projection = reader.read(_SCORE, Box.whole((1, arch.hidden)))
+        self.view = View.of(config)
+        """What it is to be shown of an answer."""
         self._policy = policy
         self._shards = [host.get(key) for key in policy.weights]
         self._projection = projection.to(policy.device)

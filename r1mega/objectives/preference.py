@@ -1,6 +1,6 @@
 """Losses of reward models, and how well their scores agree with the judgements. Pure functions of scores."""
 
-import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,16 +23,12 @@ def ranked(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (1 + (chosen - rejected).sign()) / 2
 
 
-def auc(scores: Tensor, safe: Tensor) -> float:
-    """Area under the ROC curve: how often a safe answer scores higher than another, ties counted as half; NaN with one kind only.
+def outscored(scores: Tensor, safe: Tensor) -> Tensor:
+    """For each safe answer the share of the unsafe ones that score lower, ties counted as half: float64 [safe answers].
 
-    Mann and Whitney's U from the ranks, O(n log n).
+    Its mean is the area under the ROC curve, Mann and Whitney's U over the number of comparisons. There must be unsafe answers.
     """
-    values, labels = scores.double().numpy(), safe.bool().numpy()
-    positives = int(labels.sum())
-    if positives in (0, len(labels)):
-        return float("nan")
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    # Equal scores share the mean of the ranks that they take up, counted from 1.
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * (len(labels) - positives)))
+    lower, _ = scores[safe == 0].sort()
+    higher = scores[safe != 0]
+    below, upto = torch.searchsorted(lower, higher), torch.searchsorted(lower, higher, right=True)
+    return (below + upto).double() / (2 * len(lower))
