@@ -97,6 +97,29 @@ def test_only_three_descriptors_are_open(sandbox):
         os.close(end)
 
 
+def test_packages_of_the_judges_environment_can_be_imported():
+    """And nothing else of the folder that it lies in."""
+    folder = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    folder.chmod(0o755)
+    try:
+        (folder / "answers.txt").write_text("42")
+        bin, packages = folder / "venv/bin", folder / f"venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        bin.mkdir(parents=True)
+        packages.mkdir(parents=True)
+        (bin / "python").symlink_to("/usr/bin/python3")
+        (folder / "venv/pyvenv.cfg").write_text("home = /usr/bin\n")
+        (packages / "installed_here.py").write_text("import sys; where = sys.prefix")
+        program = f"import os, installed_here; print(installed_here.where, os.listdir({str(folder)!r}))"
+        asked = (
+            f"from r1mega.rewards.sandbox import *; s = find_sandbox(); print(s.run([s.python, '-I', '-c', {program!r}]).stdout.decode())"
+        )
+        environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": os.environ["PATH"]}
+        answered = subprocess.run([bin / "python", "-B", "-c", asked], env=environment, capture_output=True, text=True, check=True).stdout
+        assert answered.strip() == f"{folder / 'venv'} ['venv']"
+    finally:
+        shutil.rmtree(folder)
+
+
 # ---------------------------------------------------------------- what a program can reach
 
 
@@ -187,12 +210,9 @@ def test_other_processes_cannot_be_seen(sandbox):
 
 
 def test_cpu_time(sandbox):
-    start = time.monotonic()
-    assert run(sandbox, "while True: pass", cpu_s=1).code == 128 + signal.SIGKILL
-    assert (
-        run(sandbox, "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", cpu_s=1).code == 128 + signal.SIGKILL
-    )
-    assert time.monotonic() - start < 10
+    ignoring = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
+    for program in ("while True: pass", ignoring + "while True: pass"):
+        assert run(sandbox, program, cpu_s=1, wall_s=60.0).code == 128 + signal.SIGKILL
 
 
 def test_time_on_the_wall(sandbox):
@@ -201,7 +221,7 @@ def test_time_on_the_wall(sandbox):
         start = time.monotonic()
         outcome = run(sandbox, program, wall_s=1.0)
         assert outcome == Outcome(b"", b"", None, "time")
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 30
 
 
 def test_memory(sandbox):
@@ -227,7 +247,7 @@ def test_a_fork_bomb(sandbox):
     start = time.monotonic()
     outcome = run(sandbox, "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", processes=8, wall_s=2.0)
     assert outcome.stopped == "time" or outcome.code == 128 + signal.SIGKILL
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_files_and_scratch_have_a_size(sandbox):
@@ -242,7 +262,7 @@ def test_a_flood_of_output(sandbox):
         outcome = run(sandbox, f"import os\nwhile True: os.write({stream}, b'y' * 65536)", output=1 << 20)
         assert outcome.stopped == "output" and outcome.code is None
         assert len(outcome.stdout) + len(outcome.stderr) <= (1 << 20) + (1 << 16)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 # ---------------------------------------------------------------- what is left of a program

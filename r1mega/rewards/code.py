@@ -195,7 +195,7 @@ def _passes(sandbox: Sandbox, runnable: Runnable, test: CodeTest, meta: Mapping[
     command, files = runnable
     seconds = float(meta["time_limit_s"])
     memory = (int(meta["memory_limit_mb"]) << 20) + _OVERHEAD
-    wall_s = min(3 * seconds + 5, until - time.monotonic())
+    wall_s = min(4 * seconds + 10, until - time.monotonic())
     if wall_s <= 0:
         return False
     limits = Limits(cpu_s=math.ceil(seconds), wall_s=wall_s, memory=memory)

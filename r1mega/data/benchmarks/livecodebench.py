@@ -120,7 +120,7 @@ def pickled_string(data: bytes) -> str:
     found: list[str] = []
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in _STRING_OPCODES:
-            found.append(argument)
+            found.append(str(argument))
         elif opcode.name not in _IDLE_OPCODES:
             raise ValueError(f"a pickle of something else than a string ({opcode.name}), which is not loaded")
     if len(found) != 1:
