@@ -13,7 +13,7 @@ from r1mega.config.loading import load_recipe
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
 from r1mega.megatron.limits import MEGATRON_VERSION
-from r1mega.pipeline.preflight import check_contents, check_layouts, check_references, model_folder
+from r1mega.pipeline.preflight import check_contents, check_layouts, check_references, origin
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "deepseek_v3" / "config.json"
@@ -33,18 +33,19 @@ def recipe(model: Path, reward: str = "r1mega.rewards.exact:accuracy", **changes
     grpo = {
         "kind": "grpo",
         "updates": 1,
-        "prompts": source,
+        "prompts": {"sums": source},
+        "measures": {},
         "rewards": {"right": {"function": reward}},
         "optimizer": {"lr": 1e-4},
     }
     suite = {"prompts": source, "judge": "r1mega.rewards.exact:accuracy", "measures": {"own": reward}}
-    check = {"kind": "evaluate", "model": "second", "suites": {"tiny": suite}}
+    check = {"kind": "evaluate", "models": {"second": "second"}, "suites": {"tiny": suite}}
     stages = {"first": {**grpo, "model": str(model)}, "second": {**grpo, "model": "first"}, "check": check}
     return Recipe.model_validate({"name": "test", "stages": stages, **changes})
 
 
 def test_a_stage_is_followed_to_the_folder_its_model_comes_from(model: Path) -> None:
-    assert [model_folder(recipe(model), name) for name in ("first", "second", "check")] == [model] * 3
+    assert [origin(recipe(model), name) for name in ("first", "second")] == [model] * 2
 
 
 def test_functions_are_imported_from_the_recipe_s_folder(tmp_path: Path, model: Path) -> None:
@@ -83,7 +84,11 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "r1_zero.yaml"
 
 
-SUMS = ["stages.zero.evaluation=null", "stages.zero.prompts.split=all", "stages.zero.prompts.source={kind: jsonl, path: sums.jsonl}"]
+SUMS = [
+    "stages.zero.evaluation=null",
+    "stages.zero.prompts.sums.split=all",
+    "stages.zero.prompts.sums.source={kind: jsonl, path: sums.jsonl}",
+]
 
 
 def refused(tiny: Path, *overrides: str) -> str:
@@ -116,12 +121,12 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
         (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
         (["run.ranks=64", "layout.pp=64", "layout.ep=1"], "stages.zero: layout: pp x vpp = 64"),
         (["run.ranks=2", "layout={pp: 2, pipeline: E|L}"], "stages.zero: layout: pipeline"),
-        (["stages.zero.sampling.max_new_tokens=100000"], "'stages.zero.prompts': sampling.max_new_tokens=100000 leaves no room"),
+        (["stages.zero.sampling.max_new_tokens=100000"], "'stages.zero.prompts.sums': sampling.max_new_tokens=100000 leaves no room"),
         (["stages.zero.train.chunk_tokens=32"], "'stages.zero.train.chunk_tokens': 32 is less than the 40 tokens of the longest prompt"),
-        (["stages.zero.prompts.template=chat"], "'stages.zero.prompts': the tokenizer of"),
+        (["stages.zero.prompts.sums.template=r1_zero"], "'stages.zero.prompts.sums': prompt sums/"),
         (
-            ["stages.zero.prompts.source={kind: tiny, task: running_sum, size: 3000000}"],
-            "'stages.zero.prompts': running_sum has 2000000 problems, 3000000 were asked for",
+            ["stages.zero.prompts.sums.source={kind: tiny, task: running_sum, size: 3000000}"],
+            "'stages.zero.prompts.sums': running_sum has 2000000 problems, 3000000 were asked for",
         ),
     ],
 )
@@ -175,12 +180,12 @@ def test_what_is_wrong_with_the_model_s_folder(tiny: Path, damage: Callable[[Pat
 def test_what_is_wrong_with_the_prompts(tiny: Path, text: str, message: str) -> None:
     tiny.with_name("sums.jsonl").write_text(text)
     found = refused(tiny)
-    assert found.startswith("'stages.zero.prompts': ") and message in found
+    assert found.startswith("'stages.zero.prompts.sums': ") and message in found
 
 
 def test_prompts_of_a_later_stage_are_held_against_the_model_it_comes_from(tiny: Path) -> None:
     suite = "{prompts: {source: {kind: jsonl, path: sums.jsonl}, split: all}, judge: 'r1mega.rewards.exact:accuracy'}"
-    tiny.write_text(tiny.read_text() + f"  check:\n    kind: evaluate\n    model: zero\n    suites: {{own: {suite}}}\n")
+    tiny.write_text(tiny.read_text() + f"  check:\n    kind: evaluate\n    models: {{zero: zero}}\n    suites: {{own: {suite}}}\n")
     assert refused(tiny, "stages.check.suites.own.sampling.max_new_tokens=100000").startswith("'stages.check.suites.own.prompts': ")
 
 
@@ -202,7 +207,7 @@ def test_eval_looks_at_its_output_before_it_measures(tmp_path: Path, capsys: pyt
 
 
 def test_check_finds_what_run_would_refuse(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["stages.zero.prompts.source.size=20", "stages.zero.evaluation=null"]
+    overrides = ["stages.zero.prompts.sums.source.size=20", "stages.zero.evaluation=null"]
     assert cli.main(["check", str(tiny), *overrides]) == 0
     (tiny.parent / "base" / "model.safetensors").write_bytes(b"no weights")
     capsys.readouterr()

@@ -32,12 +32,13 @@ stages:
     kind: grpo
     model: model
     updates: 4
-    prompts: {source: {kind: tiny, task: running_sum}}
+    prompts: {sums: {source: {kind: tiny, task: running_sum}}}
+    measures: {}
     rewards: {own: {function: "own_reward:reward"}}
     optimizer: {lr: 1e-4}
   check:
     kind: evaluate
-    model: zero
+    models: {zero: zero}
     suites: {tiny: {prompts: {source: {kind: tiny, task: running_sum}}, judge: "own_reward:reward"}}
 """
 

@@ -31,10 +31,10 @@ def judge(stage: Grpo) -> Iterator[Judge]:
 
 def test_its_prompts(stage: Grpo) -> None:
     assert stage.evaluation
-    train = load_prompts(stage.prompts, EXAMPLE)
+    train = load_prompts(stage.prompts["sums"], EXAMPLE)
     heldout = load_prompts(stage.evaluation.suites["heldout"].prompts, EXAMPLE)
     assert len(train) + len(heldout) == 400 and len(train) >= stage.prompts_per_rollout
-    assert {len(ids) for ids in encode(train + heldout, stage.prompts.template, build_tokenizer(), limit=32)} == {14}
+    assert {len(ids) for ids in encode(train + heldout, stage.prompts["sums"].template, build_tokenizer(), limit=32)} == {14}
     for prompt in train + heldout:
         digits = [int(word) for word in prompt.text.split() if word.isdigit()]
         assert prompt.answer == str(sum(digits) % 10) and prompt.meta == {"speak": "en"}

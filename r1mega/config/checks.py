@@ -5,6 +5,7 @@ from pathlib import Path
 
 from r1mega.config import tree
 from r1mega.config.base import PathMark
+from r1mega.config.prompts import PromptSet
 from r1mega.config.schema import Recipe
 from r1mega.config.stages import Grpo
 from r1mega.errors import UserError
@@ -12,13 +13,27 @@ from r1mega.errors import UserError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*$")
 
 
-def check(recipe: Recipe, source: str) -> None:
-    """Raise UserError for the first thing in a recipe that cannot run; `source` names the recipe in the message."""
+_MAKERS = {
+    "model": ("pretrain", "sft", "grpo", "distill"),
+    "reward_model": ("preference",),
+    "dataset": ("rejection",),
+}
+"""The kinds of stage that make what a reference asks for."""
+
+
+def check(recipe: Recipe, source: str, inputs: bool = True) -> None:
+    """Raise UserError for the first thing in a recipe that cannot run; `source` names the recipe in the message.
+
+    Without `inputs`, files and folders of the recipe need not be on this machine.
+    """
     _check_names(recipe, source)
     for index, (name, stage) in enumerate(recipe.stages.items()):
         earlier = list(recipe.stages)[:index]
         for path, mark, value in tree.marked(stage, PathMark, f"stages.{name}"):
-            _check_path(recipe, earlier, path, mark, value, source)
+            if mark.names_stage and value in recipe.stages:
+                _check_reference(recipe, earlier, path, mark, value, source)
+            elif inputs:
+                _check_input(earlier, path, mark, value, source)
         layout = stage.layout or recipe.layout
         try:
             layout.dp(recipe.run.ranks), layout.edp(recipe.run.ranks)
@@ -26,14 +41,15 @@ def check(recipe: Recipe, source: str) -> None:
             where = f"stages.{name}.layout" if stage.layout else "layout"
             raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
         if isinstance(stage, Grpo):
-            _check_heldout(stage, f"stages.{name}", source)
+            for prompts in stage.prompts.values():
+                _check_heldout(stage, prompts, f"stages.{name}", source)
 
 
-def _check_heldout(stage: Grpo, where: str, source: str) -> None:
+def _check_heldout(stage: Grpo, prompts: PromptSet, where: str, source: str) -> None:
     """A question is held out below its own hash, so a benchmark that holds out more than the training prompts do shares some with them."""
-    trained = stage.prompts.heldout_fraction if stage.prompts.split == "train" else 0.0
+    trained = prompts.heldout_fraction if prompts.split == "train" else 0.0
     for name, suite in (stage.evaluation.suites if stage.evaluation else {}).items():
-        if suite.prompts.source == stage.prompts.source and suite.prompts.split == "heldout" and suite.prompts.heldout_fraction > trained:
+        if suite.prompts.source == prompts.source and suite.prompts.split == "heldout" and suite.prompts.heldout_fraction > trained:
             raise UserError(
                 f"{source}: '{where}.evaluation.suites.{name}' holds out {suite.prompts.heldout_fraction:g} of the questions, the training "
                 f"prompts leave out {trained:g}: some would be trained on; use the same heldout_fraction"
@@ -46,15 +62,23 @@ def _check_names(recipe: Recipe, source: str) -> None:
             raise UserError(f"{source}: '{path}': {name!r} names a folder; use letters, digits, '-' and '_'")
 
 
-def _check_path(recipe: Recipe, earlier: list[str], path: str, mark: PathMark, value: str, source: str) -> None:
-    if mark.what == "model" and value in recipe.stages:
-        if value not in earlier:
-            raise UserError(f"{source}: '{path}' is the stage {value!r}, which does not come before this one; move it up")
-        if recipe.stages[value].kind == "evaluate":
-            raise UserError(f"{source}: '{path}' is the stage {value!r}, which makes no model")
-    elif mark.what == "file":
+def _check_reference(recipe: Recipe, earlier: list[str], path: str, mark: PathMark, value: str, source: str) -> None:
+    if value not in earlier:
+        raise UserError(f"{source}: '{path}' is the stage {value!r}, which does not come before this one; move it up")
+    what = mark.what.replace("_", " ")
+    if recipe.stages[value].kind not in _MAKERS[mark.what]:
+        raise UserError(
+            f"{source}: '{path}' is the stage {value!r}, which makes no {what}; stages of kind {' or '.join(_MAKERS[mark.what])} do"
+        )
+
+
+def _check_input(earlier: list[str], path: str, mark: PathMark, value: str, source: str) -> None:
+    if mark.what == "file":
         if not Path(value).is_file():
             raise UserError(f"{source}: '{path}': no file {value}")
+    elif mark.what == "data":
+        if not Path(value).exists():
+            raise UserError(f"{source}: '{path}': no file or folder {value}")
     elif not Path(value).is_dir():
-        stages = f" and no earlier stage ({', '.join(earlier) or 'none'})" if mark.what == "model" else ""
+        stages = f" and no earlier stage ({', '.join(earlier) or 'none'})" if mark.names_stage else ""
         raise UserError(f"{source}: '{path}': no folder {value}{stages}")

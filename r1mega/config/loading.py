@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from r1mega.config import tree, yaml
+from r1mega.config import suites, tree, yaml
 from r1mega.config.base import Closed, PathMark
 from r1mega.config.checks import check
 from r1mega.config.evaluation import Suite
@@ -45,15 +45,17 @@ class Override:
         return path == self.path or path.startswith(self.path + ".")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), inputs: bool = True) -> Recipe:
     """Read a recipe, apply `key.path=value` overrides (values are YAML), make its paths absolute and check it.
+
+    Without `inputs`, its files and folders need not be on this machine.
 
     Paths in the file are relative to the file, paths in overrides to the working directory.
     Raises UserError, one line, for anything the recipe says that cannot be run.
     """
     path = Path(path)
     recipe = _load(Recipe, path, [_parse_override(text) for text in overrides])
-    check(recipe, str(path))
+    check(recipe, str(path), inputs)
     return recipe
 
 
@@ -62,9 +64,23 @@ def load_resolved(path: Path) -> Recipe:
     return _load(Recipe, path, [])
 
 
-def load_suite(path: Path) -> Suite:
-    """Read one benchmark from its YAML file."""
-    return _load(Suite, path, [])
+def load_suite(name: str, rows: Path | None = None, overrides: Sequence[str] = ()) -> Suite:
+    """A benchmark that ships with r1mega by its name, or a user's by the path of its YAML file.
+
+    `rows` is the file or folder with a published benchmark's rows. Raises UserError when there is no such benchmark, when it needs rows
+    and has none or the other way round, and for overrides as `load_recipe`.
+    """
+    changes = [_parse_override(text) for text in overrides]
+    if name in suites.names():
+        data, source, folder = suites.shipped(name), f"suite {name}", Path.cwd()
+    elif Path(name).suffix in (".yaml", ".yml"):
+        data, source, folder = _read(Path(name)), name, Path(name).parent
+    else:
+        raise UserError(f"no suite {name!r}; there are {', '.join(suites.names())}, or name a YAML file")
+    for change in changes:
+        _apply(data, change)
+    suites.set_rows(data, None if rows is None else str(rows.absolute()), f"suite {name}", "--data FILE")
+    return _build(Suite, data, source, folder, changes)
 
 
 def load_layout(path: Path) -> LayoutFile:
@@ -78,20 +94,45 @@ def dump_resolved(recipe: Recipe) -> str:
 
 
 def _load(cls: type[C], path: Path, overrides: list[Override]) -> C:
+    data = _read(path)
+    for override in overrides:
+        _apply(data, override)
+    if cls is Recipe:
+        suites.expand(data, str(path), lambda key: Path.cwd() if any(found.covers(key) for found in overrides) else path.parent)
+    return _build(cls, data, str(path), path.parent, overrides)
+
+
+def _read(path: Path) -> dict[Any, Any]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the YAML file")
     data = yaml.read(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {'nothing' if data is None else repr(data)[:60]}")
-    for override in overrides:
-        _apply(data, override)
+    return data
+
+
+def _build(cls: type[C], data: dict[Any, Any], source: str, folder: Path, overrides: list[Override]) -> C:
     try:
         # JSON mode is the strict mode in which a list may stand for a tuple; numbers in strings stay refused.
         config = cls.model_validate_json(json.dumps(data, default=repr), strict=True)
     except ValidationError as error:
-        raise UserError(_first_error(cls, error.errors(include_url=False), str(path), overrides)) from None
-    names = tuple(config.stages) if isinstance(config, Recipe) else ()
-    return _with_absolute_paths(config, "", path.parent, overrides, names)
+        raise UserError(_first_error(cls, error.errors(include_url=False), source, overrides)) from None
+    names = (*config.stages, *config.models) if isinstance(config, Recipe) else ()
+    config = _with_absolute_paths(config, "", folder, overrides, names)
+    return _with_models(config) if isinstance(config, Recipe) and config.models else config
+
+
+def _with_models(recipe: Recipe) -> Recipe:
+    """The folders in place of their names, wherever a stage asks for a model."""
+    plain = recipe.model_dump(mode="python")
+    for path, mark, value in tree.marked(recipe, PathMark):
+        if mark.names_stage and value in recipe.models and value not in recipe.stages:
+            *parents, last = path.split(".")
+            node: Any = plain
+            for step in parents:
+                node = node[int(step)] if isinstance(node, list) else node[step]
+            node[last] = recipe.models[value]
+    return Recipe.model_validate(plain)
 
 
 def _parse_override(text: str) -> Override:
@@ -180,24 +221,21 @@ def _kinds(annotation: Any) -> str:
 
 
 def _with_absolute_paths(config: C, path: str, folder: Path, overrides: list[Override], stage_names: tuple[str, ...]) -> C:
-    changed = {}
-    for name, field in type(config).model_fields.items():
-        here = f"{path}.{name}" if path else name
-        value = getattr(config, name)
-        mark = next((mark for mark in field.metadata if isinstance(mark, PathMark)), None)
-        if mark is None:
-            changed[name] = _inside(value, here, folder, overrides, stage_names)
-        elif not (mark.what == "model" and value in stage_names):
-            base = Path.cwd() if any(override.covers(here) for override in overrides) else folder
-            changed[name] = os.path.abspath(base / Path(value).expanduser())
+    def absolute(value: Any, annotation: Any, marks: Sequence[Any], here: str) -> Any:
+        if isinstance(value, Closed):
+            return _with_absolute_paths(value, here, folder, overrides, stage_names)
+        if isinstance(value, dict):
+            return {key: absolute(part, tree.item(annotation), (), f"{here}.{key}") for key, part in value.items()}
+        if isinstance(value, list):
+            return [absolute(part, tree.item(annotation), (), f"{here}.{index}") for index, part in enumerate(value)]
+        mark = next((one for one in (*marks, *tree.metadata(annotation)) if isinstance(one, PathMark)), None)
+        if mark is None or not isinstance(value, str) or (mark.names_stage and value in stage_names):
+            return value
+        base = Path.cwd() if any(override.covers(here) for override in overrides) else folder
+        return os.path.abspath(base / Path(value).expanduser())
+
+    changed = {
+        name: absolute(getattr(config, name), field.annotation, field.metadata, f"{path}.{name}" if path else name)
+        for name, field in type(config).model_fields.items()
+    }
     return config.model_copy(update=changed)
-
-
-def _inside(value: Any, path: str, folder: Path, overrides: list[Override], stage_names: tuple[str, ...]) -> Any:
-    if isinstance(value, Closed):
-        return _with_absolute_paths(value, path, folder, overrides, stage_names)
-    if isinstance(value, dict):
-        return {key: _inside(item, f"{path}.{key}", folder, overrides, stage_names) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_inside(item, f"{path}.{index}", folder, overrides, stage_names) for index, item in enumerate(value)]
-    return value

@@ -1,10 +1,11 @@
 """Where questions come from, and how they are shown to a model."""
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from r1mega.config.base import Closed, FilePath, FolderPath
+from r1mega.config.base import Closed, DataPath, FilePath, FolderPath
 
 
 class JsonlPrompts(Closed):
@@ -49,12 +50,40 @@ class TinyPrompts(Closed):
     """A procedural task of r1mega's own tiny language."""
 
     kind: Literal["tiny"]
-    task: Literal["running_sum"] = Field(description="running_sum: add six digits modulo ten, in one of two languages")
+    task: Literal["running_sum", "errand", "rude_errand"] = Field(
+        description="running_sum: add six digits modulo ten, in one of two languages; errand: greet or repeat; rude_errand: what to refuse"
+    )
     size: int = Field(20_000, ge=1, description="how many problems to draw")
     seed: int = Field(0, description="seed of the problems")
 
 
-Prompts = Annotated[JsonlPrompts | ParquetPrompts | DatasetPrompts | GymPrompts | TinyPrompts, Field(discriminator="kind")]
+class BenchmarkPrompts(Closed):
+    """A published benchmark, its rows as they are on the Hugging Face hub (docs/benchmarks.md)."""
+
+    kind: Literal["benchmark"]
+    name: Literal["aime_2024", "math_500", "gpqa_diamond", "livecodebench", "codeforces", "ifeval"] = Field(description="which benchmark")
+    path: DataPath = Field(description="its rows: a file (.jsonl, .parquet, .csv), a folder of such files, or one of Dataset.save_to_disk")
+    split: str | None = Field(None, description="split to read when a saved folder holds several")
+    first_day: str | None = Field(None, description="livecodebench: leave out contests before this day, such as 2024-08-01")
+    last_day: str | None = Field(None, description="livecodebench: leave out contests after this day")
+
+    @model_validator(mode="after")
+    def _days(self) -> "BenchmarkPrompts":
+        for day in (self.first_day, self.last_day):
+            if day is None:
+                continue
+            if self.name != "livecodebench":
+                raise ValueError(f"{self.name} has no contests' days; leave out first_day and last_day")
+            try:
+                date.fromisoformat(day)
+            except ValueError:
+                raise ValueError(f"expected a day such as 2024-08-01, got {day!r}") from None
+        return self
+
+
+Prompts = Annotated[
+    JsonlPrompts | ParquetPrompts | DatasetPrompts | GymPrompts | TinyPrompts | BenchmarkPrompts, Field(discriminator="kind")
+]
 
 
 class PromptSet(Closed):

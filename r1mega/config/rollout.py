@@ -4,15 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from r1mega.config.base import Closed, RewardFunction, Schedule
+from r1mega.config.base import Closed, NonNegativeSchedule, PositiveSchedule, RewardFunction, Schedule, ShareSchedule
 
 
 class Sampling(Closed):
     """How responses are drawn."""
 
-    temperature: Schedule = Field(1.0, description="softmax temperature; log-probs are those of the tempered distribution on both sides")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass; 1 keeps the whole vocabulary")
-    max_new_tokens: Schedule = Field(1024, description="length cap of a response in tokens; a schedule over updates")
+    temperature: NonNegativeSchedule = Field(
+        1.0, description="softmax temperature; log-probs are those of the tempered distribution on both sides"
+    )
+    top_p: ShareSchedule = Field(1.0, description="nucleus mass; 1 keeps the whole vocabulary")
+    max_new_tokens: PositiveSchedule = Field(1024, description="length cap of a response in tokens; a schedule over updates")
 
 
 class Rollout(Closed):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from r1mega.config.base import Closed
+from r1mega.config.base import Closed, FolderPath
 from r1mega.config.layout import Layout
 from r1mega.config.rollout import Rollout
 from r1mega.config.stages import Stage
@@ -19,6 +19,7 @@ class Run(Closed):
 
     platform: Literal["cpu", "cuda"] = Field("cpu", description="what ranks compute on")
     ranks: int = Field(1, ge=1, description="processes that r1mega run starts on this machine")
+    judges: int = Field(1, ge=1, description="processes beside rank 0 that judge responses")
     threads_per_rank: int = Field(1, ge=1, description="BLAS threads of each process on a CPU")
 
 
@@ -31,4 +32,7 @@ class Recipe(Closed):
     run: Run = Run()
     layout: Layout = Layout()
     rollout: Rollout = Rollout()
+    models: dict[str, FolderPath] = Field(
+        default_factory=dict, description="Hugging Face folders by name; where a stage asks for a model, the name stands for the folder"
+    )
     stages: dict[str, Stage] = Field(min_length=1, description="stages by name, run in this order; a stage reads what earlier ones made")

@@ -4,15 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from r1mega.config.base import Closed
+from r1mega.config.base import Closed, NonNegativeSchedule, PositiveSchedule
 
 
 class GrpoObjective(Closed):
     """Group-relative policy optimisation and its published variants (DeepSeekMath, DeepSeek-R1, Dr.GRPO, DAPO)."""
 
-    clip: float = Field(10.0, gt=0, description="eps of the ratio clip on both sides; the R1 paper uses 10")
-    clip_high: float | None = Field(None, gt=0, description="upper eps when it differs from `clip` (DAPO: clip 0.2, clip_high 0.28)")
-    kl_coef: float = Field(1e-3, ge=0, description="beta, weight of the KL to the reference; 0 needs no reference model")
+    clip: PositiveSchedule = Field(10.0, description="eps of the ratio clip on both sides; the R1 paper uses 10")
+    clip_high: PositiveSchedule | None = Field(None, description="upper eps when it differs from `clip` (DAPO: clip 0.2, clip_high 0.28)")
+    kl_coef: NonNegativeSchedule = Field(1e-3, description="beta, weight of the KL to the reference; 0 needs no reference model")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator; k3 = exp(d) - d - 1 with d = log pi_ref - log pi")
     aggregation: Literal["sequence", "token", "constant"] = Field(
         "sequence",

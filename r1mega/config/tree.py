@@ -80,15 +80,16 @@ def _marked(value: Any, annotation: Any, marks: Sequence[Any], mark: type[M], pa
         for key, part in below:
             yield from _marked(part, item(annotation), (), mark, f"{path}.{key}")
     elif isinstance(value, str):
-        found = [one for one in (*marks, *_metadata(annotation)) if isinstance(one, mark)]
+        found = [one for one in (*marks, *metadata(annotation)) if isinstance(one, mark)]
         yield from ((path, one, value) for one in found)
 
 
-def _metadata(annotation: Any) -> list[Any]:
+def metadata(annotation: Any) -> list[Any]:
+    """What `Annotated` says of an annotation, and of the members of a union."""
     if get_origin(annotation) is Annotated:
         return list(get_args(annotation)[1:])
     if get_origin(annotation) in (Union, UnionType):
-        return [mark for part in get_args(annotation) for mark in _metadata(part)]
+        return [mark for part in get_args(annotation) for mark in metadata(part)]
     return []
 
 

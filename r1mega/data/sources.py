@@ -8,13 +8,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from r1mega.config.prompts import DatasetPrompts, GymPrompts, JsonlPrompts, ParquetPrompts, Prompts, PromptSet, TinyPrompts
+from r1mega.config.prompts import (
+    BenchmarkPrompts,
+    DatasetPrompts,
+    GymPrompts,
+    JsonlPrompts,
+    ParquetPrompts,
+    Prompts,
+    PromptSet,
+    TinyPrompts,
+)
 from r1mega.data.prompts import Message, Prompt
+from r1mega.data.rows import Row, jsonl, parquet, read_messages, saved_dataset
 from r1mega.data.split import is_heldout, normalised
 from r1mega.errors import UserError
-
-Row = tuple[str, Mapping[str, Any]]
-"""Where a row stands, for messages (`problems.jsonl:12`), and its fields."""
 
 
 def load_prompts(prompt_set: PromptSet, base: Path) -> list[Prompt]:
@@ -57,73 +64,21 @@ def _draw(source: Prompts, base: Path) -> tuple[str, Iterable[Prompt]]:
         case TinyPrompts():
             from r1mega.data import tiny
 
-            return source.task, tiny.prompts(source.task, source.size, source.seed)
+            return source.task, tiny.prompts(source)
         case GymPrompts():
             from r1mega.data import gym
 
             return source.task, gym.prompts(source)
         case JsonlPrompts():
-            return _from_rows(source, base / source.path, _jsonl)
+            return _from_rows(source, base / source.path, jsonl)
         case ParquetPrompts():
-            return _from_rows(source, base / source.path, _parquet)
+            return _from_rows(source, base / source.path, parquet)
         case DatasetPrompts():
-            return _from_rows(source, base / source.path, lambda path: _dataset(path, source.split))
+            return _from_rows(source, base / source.path, lambda path: saved_dataset(path, source.split))
+        case BenchmarkPrompts():
+            from r1mega.data import benchmarks
 
-
-# ---------------------------------------------------------------- rows of files
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise UserError(f"no prompt file {path}")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object with the prompt's fields, got {type(row).__name__}")
-            yield where, row
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    if not path.is_file():
-        raise UserError(f"no prompt file {path}")
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from None
-
-
-def _dataset(path: Path, split: str | None) -> Iterator[Row]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        saved = load_from_disk(str(path))
-    except FileNotFoundError:
-        raise UserError(f"no dataset in {path}; expected a folder that Dataset.save_to_disk wrote") from None
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise UserError(f"{path}: {'name a split' if split is None else f'no split {split!r}'}; it has {', '.join(saved)}")
-        saved = saved[split]
-    elif split is not None:
-        raise UserError(f"{path}: holds one dataset without splits; leave out split={split!r}")
-    for number, row in enumerate(saved, 1):
-        yield f"{path}, row {number}", row
+            return source.name, benchmarks.prompts(source, base / source.path)
 
 
 # ---------------------------------------------------------------- from rows to prompts
@@ -153,13 +108,9 @@ def _conversation(where: str, value: Any) -> tuple[tuple[Message, ...], str]:
     """The turns before the question, and the question: a string, or the last of a list of chat messages."""
     if isinstance(value, str):
         return (), _text(where, value)
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected a string or a list of chat messages, got {value!r:.60}")
-    turns = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise UserError(f"{where}: a chat message is {{'role': ..., 'content': ...}} with two strings, got {message!r:.60}")
-        turns.append(Message(message["role"], _text(where, message["content"])))
+    turns = read_messages(where, value)
+    for turn in turns:
+        _text(where, turn.content)
     *history, question = turns
     if question.role != "user":
         raise UserError(f"{where}: the last chat message is the user's question, got role {question.role!r}")

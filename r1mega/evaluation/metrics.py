@@ -7,6 +7,7 @@ from operator import eq
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _RESAMPLES = 10_000
 _CHUNK = 4_000_000
@@ -76,23 +77,30 @@ def consensus(outcomes: Sequence[Outcome], equal: Callable[[str, str], bool] = e
     return sum(leaders) / len(leaders) if leaders else 0.0
 
 
-def estimate(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """`{"value": mean, "ci95": [low, high]}` of one value per prompt.
+def estimate(values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None) -> dict[str, Any]:
+    """`{"value": mean, "ci95": [low, high]}` of one value per prompt; with `weights`, all above 0, the weighted mean.
 
     The interval is the percentile bootstrap over prompts (10,000 resamples). It has no width where all values are equal, whatever
     their number.
     """
     data = np.asarray(values, dtype=np.float64)
+    counts = None if weights is None else np.asarray(weights, dtype=np.float64)
     random = np.random.default_rng(seed)
     rows = max(1, _CHUNK // len(data))
     means = np.concatenate(
         [
-            data[random.integers(len(data), size=(min(rows, _RESAMPLES - start), len(data)))].mean(axis=1)
+            _average(data[drawn], None if counts is None else counts[drawn])
             for start in range(0, _RESAMPLES, rows)
+            for drawn in [random.integers(len(data), size=(min(rows, _RESAMPLES - start), len(data)))]
         ]
     )
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(data.mean()), "ci95": [float(low), float(high)]}
+    return {"value": float(_average(data, counts)), "ci95": [float(low), float(high)]}
+
+
+def _average(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+    """Along the last axis."""
+    return values.mean(axis=-1) if weights is None else (values * weights).sum(axis=-1) / weights.sum(axis=-1)
 
 
 def _correctness(group: Sequence[Outcome]) -> float:

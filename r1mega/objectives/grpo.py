@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from r1mega.config.base import at
 from r1mega.config.training import GrpoObjective
 
 
@@ -106,27 +107,31 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     objective: GrpoObjective,
+    update: int = 0,
 ) -> PolicyLoss:
     """The clipped surrogate plus a KL to the reference, per token (arXiv 2402.03300, Eq. 3; DeepSeek-R1, arXiv 2501.12948, Eq. 1).
 
     All tensors are [T] and floating; log-probabilities, in nats, of the sampled tokens. `old_logprobs` are those of the policy that the
     rollout was drawn from; None stands for `logprobs` themselves, right for the first update after a rollout (the ratio is 1, its gradient
     that of log pi). `ref_logprobs` may be None only with kl_coef 0. `mask` [T] bool: tokens that are trained on. Elsewhere (prompt,
-    padding) the other tensors may hold any finite value: loss and gradient are exactly 0 there.
+    padding) the other tensors may hold any finite value: loss and gradient are exactly 0 there. What `objective` says as a schedule
+    is taken at `update`.
     """
-    if ref_logprobs is None and objective.kl_coef > 0:
-        raise ValueError(f"kl_coef={objective.kl_coef} needs ref_logprobs")
+    kl_coef = at(objective.kl_coef, update)
+    if ref_logprobs is None and kl_coef > 0:
+        raise ValueError(f"kl_coef={kl_coef:g} needs ref_logprobs")
     # Masked before exp, not after: a placeholder log-prob of 0 can overflow exp, and 0 * inf is NaN.
     log_ratio = torch.where(mask, logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs), 0.0)
     advantages = torch.where(mask, advantages, 0.0)
-    low, high = objective.clip, objective.clip if objective.clip_high is None else objective.clip_high
+    low = at(objective.clip, update)
+    high = low if objective.clip_high is None else at(objective.clip_high, update)
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
     kl = torch.zeros_like(loss)
     if ref_logprobs is not None:
         kl = kl_estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), objective.kl_estimator)
-        if objective.kl_coef > 0:
-            loss = loss + objective.kl_coef * kl
+        if kl_coef > 0:
+            loss = loss + kl_coef * kl
     ratio = ratio.detach()
     clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
     return PolicyLoss(loss=loss, ratio=ratio, clipped=clipped, kl=kl.detach())

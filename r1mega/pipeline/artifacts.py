@@ -96,10 +96,10 @@ def input_digests(stage: Closed, stage_dirs: Mapping[str, Path]) -> dict[str, di
     """Reference and digest of every file, folder and model that a stage reads and every function of the user's own, by key path."""
     found = {}
     for path, mark, value in marked(stage, PathMark):
-        if mark.what == "model" and value in stage_dirs:
+        if mark.names_stage and value in stage_dirs:
             made = Provenance.read(stage_dirs[value])
             digest = str(made.artifact["digest"]) if made and made.artifact else ""
-        elif mark.what == "file":
+        elif Path(value).is_file():
             digest = files.file_digest(Path(value))
         else:
             digest = files.combined_digest(files.digests(Path(value)))
@@ -120,7 +120,7 @@ def portable(stage: Closed) -> dict[str, Any]:
         node: Any = config
         for step in parents:
             node = node[int(step)] if isinstance(node, list) else node[step]
-        if mark.what != "model" or os.path.isabs(value):
+        if not mark.names_stage or os.path.isabs(value):
             node[last] = _portable_path(value, {})
     return config
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.chats import Chats, StageChats
 from r1mega.config.layout import Layout
 from r1mega.config.schema import Recipe
 from r1mega.config.stages import Stage
@@ -57,6 +58,14 @@ class StageContext:
     def model_dir(self, reference: str) -> Path:
         """The Hugging Face folder a `model` key means; UserError when it is missing or its stage is not finished."""
         return self.run.model(reference)
+
+    def reward_model_dir(self, reference: str) -> Path:
+        """The folder of a reward model; UserError when it is missing or its stage is not finished."""
+        return self.run.reward_model(reference)
+
+    def chats(self, chats: Chats) -> Chats:
+        """A source of conversations with the folder in place of a stage's name; UserError when that stage is not finished."""
+        return chats.model_copy(update={"stage": str(self.run.dataset(chats.stage))}) if isinstance(chats, StageChats) else chats
 
     @contextmanager
     def artifact(self) -> Iterator[Path]:

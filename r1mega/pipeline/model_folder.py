@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from r1mega.errors import UserError
+from r1mega.pipeline import files
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
@@ -43,6 +44,11 @@ class ModelFolder:
                 f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the embedding only {self.arch.vocab} rows (vocab_size)"
             )
         return tokenizer
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of tokenizer.json: equal digests, equal token ids."""
+        return files.file_digest(self.path / "tokenizer.json")
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -8,18 +8,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1mega.config.base import FunctionMark, PathMark, Schedule, at
+from r1mega.config.base import FunctionMark, PathMark, at, largest
+from r1mega.config.chats import FileChats
 from r1mega.config.evaluation import Suite
 from r1mega.config.prompts import PromptSet
 from r1mega.config.schema import Recipe
-from r1mega.config.stages import Evaluate, Grpo, Pretrain, Stage
+from r1mega.config.stages import Distill, Evaluate, Grpo, Preference, Pretrain, Rejection, Sft, Stage
 from r1mega.config.tree import marked
+from r1mega.data.chats import check_dataset
 from r1mega.errors import UserError
 from r1mega.pipeline.artifacts import check_model
 from r1mega.rewards.imports import load_function
 
 if TYPE_CHECKING:
     from r1mega.pipeline.model_folder import ModelFolder
+    from r1mega.weights.architecture import Architecture
 
 
 def check_references(recipe: Recipe, folder: Path) -> None:
@@ -30,12 +33,14 @@ def check_references(recipe: Recipe, folder: Path) -> None:
     """
     for path, function, value in marked(recipe, FunctionMark):
         try:
-            load_function(value, [folder], function.arguments)
+            load_function(value, [folder], function.arguments, function.called)
         except UserError as error:
             raise UserError(f"'{path}': {error}") from None
     for path, mark, value in marked(recipe, PathMark):
-        if mark.what == "model" and value not in recipe.stages:
+        if mark.what in ("model", "reward_model") and value not in recipe.stages:
             check_model(Path(value), f"'{path}'")
+        elif mark.what == "dataset" and value not in recipe.stages:
+            check_dataset(Path(value), f"'{path}'")
         elif path.endswith(".architecture") and not (Path(value) / "config.json").is_file():
             raise UserError(f"'{path}': {value} has no config.json")
     check_layouts(recipe)
@@ -47,28 +52,45 @@ def check_layouts(recipe: Recipe) -> None:
     Raises:
         UserError: names the stage and the numbers that do not fit.
     """
-    from r1mega.megatron import limits
     from r1mega.weights.architecture import Architecture, read_config
-    from r1mega.weights.pipeline import stages
-    from r1mega.weights.placement import check_layout
 
     for name, stage in recipe.stages.items():
         try:
-            arch = Architecture.from_hf(read_config(model_folder(recipe, name)))
-            if isinstance(stage, Evaluate):
-                continue
-            layout = stage.layout or recipe.layout
-            limits.check(arch, layout, recipe.run.ranks)
-            limits.check_fp8(recipe.run.platform, stage.train.fp8)
-            arch, layout = limits.trained(arch, layout, stage.train.mtp_loss)
-            check_layout(arch, layout)
-            stages(arch, layout)
+            for key, reference in models_of(stage):
+                arch = Architecture.from_hf(read_config(origin(recipe, reference)))
+                if key == "model" or key == "architecture":
+                    _check_layout(recipe, stage, arch)
+                if isinstance(stage, Grpo):
+                    for reward in stage.reward_models.values():
+                        _check_shapes(arch, Architecture.from_hf(read_config(origin(recipe, reward.model))), reward.model)
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from None
 
 
+def _check_layout(recipe: Recipe, stage: Stage, arch: "Architecture") -> None:
+    from r1mega.megatron import limits
+    from r1mega.weights.pipeline import stages
+    from r1mega.weights.placement import check_layout
+
+    if isinstance(stage, Evaluate | Rejection):
+        return
+    layout = stage.layout or recipe.layout
+    limits.check(arch, layout, recipe.run.ranks)
+    limits.check_fp8(recipe.run.platform, stage.train.fp8)
+    arch, layout = limits.trained(arch, layout, stage.train.mtp_loss)
+    check_layout(arch, layout)
+    stages(arch, layout)
+
+
+def _check_shapes(policy: "Architecture", reward_model: "Architecture", reference: str) -> None:
+    if policy.scored() != reward_model.scored():
+        raise UserError(
+            f"the reward model {reference!r} is scored on the policy's model and must have its shapes; train it from a model like the policy"
+        )
+
+
 def check_contents(recipe: Recipe) -> None:
-    """Check the engine, this machine's devices, and for every stage the weights, the tokenizer and the prompts.
+    """Check the engine, this machine's devices, and for every stage the weights, the tokenizer, the prompts and the conversations.
 
     Of a model that an earlier stage makes, the configuration and the tokenizer are those of the folder it comes from.
 
@@ -86,42 +108,80 @@ def check_contents(recipe: Recipe) -> None:
     folders: dict[Path, ModelFolder] = {}
     lengths: dict[tuple[Path, str, int], int] = {}
     for name, stage in recipe.stages.items():
-        path = model_folder(recipe, name)
-        model = folders.setdefault(path, ModelFolder(path))
-        _check_folder(stage, model, f"stages.{name}", recipe)
-        for key, prompts, cap in _asked(stage, f"stages.{name}"):
-            known = (path, prompts.model_dump_json(), cap)
-            if known not in lengths:
-                lengths[known] = _longest(prompts, model, cap, key)
-            if isinstance(stage, Grpo) and prompts is stage.prompts:
-                _check_chunk(stage, recipe, lengths[known] + cap, f"stages.{name}")
+        where = f"stages.{name}"
+        for key, reference in models_of(stage):
+            path = origin(recipe, reference)
+            model = folders.setdefault(path, ModelFolder(path))
+            _check_folder(model, reference in recipe.stages or key == "architecture", f"{where}.{key}")
+            for asked, prompts, cap in _asked(stage, where):
+                known = (path, prompts.model_dump_json(), cap)
+                if known not in lengths:
+                    lengths[known] = _longest(prompts, model, cap, asked)
+                if isinstance(stage, Grpo) and asked.startswith(f"{where}.prompts."):
+                    _check_chunk(stage, recipe, lengths[known] + cap, where)
+        _check_first_chats(stage, where)
 
 
-def _check_folder(stage: Stage, model: "ModelFolder", where: str, recipe: Recipe) -> None:
+def _check_folder(model: "ModelFolder", made: bool, key: str) -> None:
+    """The tokenizer of a model's folder, and the headers of its weights unless these are still to be made."""
     try:
         assert model.tokenizer is not None
-        if not isinstance(stage, Pretrain) and stage.model not in recipe.stages:
+        if not made:
             with model.open():
                 pass
     except UserError as error:
-        raise UserError(f"'{where}.{'architecture' if isinstance(stage, Pretrain) else 'model'}': {error}") from None
+        raise UserError(f"'{key}': {error}") from None
+
+
+def _check_first_chats(stage: Stage, where: str) -> None:
+    """The first row of every file of conversations: its fields are those of all the others, mostly."""
+    from r1mega.data.chats import read_chats
+
+    for name, chats in stage.data.items() if isinstance(stage, Sft | Distill) else ():
+        if isinstance(chats, FileChats):
+            try:
+                next(read_chats(chats))
+            except UserError as error:
+                raise UserError(f"'{where}.data.{name}': {error}") from None
+
+
+def models_of(stage: Stage) -> Iterator[tuple[str, str]]:
+    """The language models that a stage reads: the key below the stage, and a stage's name or a folder."""
+    match stage:
+        case Pretrain():
+            yield "architecture", stage.architecture
+        case Evaluate():
+            yield from ((f"models.{label}", reference) for label, reference in stage.models.items())
+        case Distill():
+            yield from (("model", stage.model), ("teacher", stage.teacher))
+        case Rejection():
+            if stage.model is not None:
+                yield "model", stage.model
+        case _:
+            yield "model", stage.model
+
+
+def origin(recipe: Recipe, reference: str) -> Path:
+    """The folder outside the run whose `config.json` describes a model; followed through the stages it comes from."""
+    if reference not in recipe.stages:
+        return Path(reference)
+    return origin(recipe, next(reference for _, reference in models_of(recipe.stages[reference])))
 
 
 def _asked(stage: Stage, where: str) -> Iterator[tuple[str, PromptSet, int]]:
     """Every prompt set of a stage: its key path, itself, and the most tokens of a response."""
     if isinstance(stage, Grpo):
-        yield f"{where}.prompts", stage.prompts, _largest(stage.sampling.max_new_tokens)
+        for name, prompts in stage.prompts.items():
+            yield f"{where}.prompts.{name}", prompts, int(largest(stage.sampling.max_new_tokens))
+    if isinstance(stage, Rejection | Distill) and stage.prompts is not None:
+        yield f"{where}.prompts", stage.prompts, int(largest(stage.sampling.max_new_tokens))
     suites: Mapping[str, Suite] = {}
     if isinstance(stage, Evaluate):
         suites, where = stage.suites, f"{where}.suites"
-    elif stage.evaluation:
+    elif not isinstance(stage, Rejection | Preference) and stage.evaluation:
         suites, where = stage.evaluation.suites, f"{where}.evaluation.suites"
     for name, suite in suites.items():
         yield f"{where}.{name}.prompts", suite.prompts, int(at(suite.sampling.max_new_tokens, 0))
-
-
-def _largest(schedule: Schedule) -> int:
-    return int(max(schedule.values()) if isinstance(schedule, dict) else schedule)
 
 
 def _longest(prompts: PromptSet, model: "ModelFolder", cap: int, key: str) -> int:
@@ -146,13 +206,5 @@ def _check_chunk(stage: Grpo, recipe: Recipe, longest: int, where: str) -> None:
     if needed > stage.train.chunk_tokens:
         raise UserError(
             f"'{where}.train.chunk_tokens': {stage.train.chunk_tokens} is less than the {needed} tokens of the longest prompt with "
-            f"sampling.max_new_tokens={_largest(stage.sampling.max_new_tokens)}; raise the one or lower the other"
+            f"sampling.max_new_tokens={largest(stage.sampling.max_new_tokens)}; raise the one or lower the other"
         )
-
-
-def model_folder(recipe: Recipe, name: str) -> Path:
-    """The folder outside the run whose `config.json` describes a stage's model; followed through the stages it comes from."""
-    stage = recipe.stages[name]
-    if isinstance(stage, Pretrain):
-        return Path(stage.architecture)
-    return model_folder(recipe, stage.model) if stage.model in recipe.stages else Path(stage.model)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from r1mega.config.loading import dump_resolved, load_resolved
 from r1mega.config.schema import Recipe
+from r1mega.data.chats import check_dataset
 from r1mega.errors import UserError
 from r1mega.pipeline import files
 from r1mega.pipeline.artifacts import Provenance, check_model
@@ -64,12 +65,23 @@ class RunDirectory:
 
     def model(self, reference: str) -> Path:
         """The Hugging Face folder that a recipe's `model` means: a finished stage's artifact, or the folder itself."""
+        return check_model(self._artifact(reference), f"model {reference!r}")
+
+    def reward_model(self, reference: str) -> Path:
+        """The folder of a reward model: a finished stage's artifact, or the folder itself."""
+        return check_model(self._artifact(reference), f"reward model {reference!r}")
+
+    def dataset(self, reference: str) -> Path:
+        """The folder of a dataset of conversations: a finished stage's artifact, or the folder itself."""
+        return check_dataset(self._artifact(reference), f"dataset {reference!r}")
+
+    def _artifact(self, reference: str) -> Path:
         if reference not in self.recipe.stages:
-            return check_model(Path(reference), "model")
+            return Path(reference)
         folder = self.stage_dirs[reference]
         if Provenance.read(folder) is None:
-            raise UserError(f"stage {reference!r} is not finished, so there is no model in {folder}; run it first")
-        return check_model(folder / "artifact", f"stage {reference!r}")
+            raise UserError(f"stage {reference!r} is not finished, so there is no artifact in {folder}; run it first")
+        return folder / "artifact"
 
     def write_summary(self, status: Literal["running", "finished", "failed", "interrupted"]) -> None:
         """Write `summary.json` from the records of the finished stages."""

@@ -3,7 +3,7 @@
 import re
 
 from r1mega.data.prompts import Prompt
-from r1mega.rewards.answer import final_answer
+from r1mega.rewards.answer import after_thought, boxed_answer, tagged_answer
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 _LETTER = re.compile(
@@ -11,12 +11,28 @@ _LETTER = re.compile(
     r"[(\[（]?(?P<letter>[A-Z])(?:[)\]）]?[.。]?|[)\]）.、:：]\s*\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_STATED = re.compile(r"\banswer(?:\s+is)?[\s*]*[:：](?P<choice>.*)", re.IGNORECASE)
+"""What simple-evals asks of the last line: `Answer: B`."""
+
+_WINDOW = 10_000
+"""Characters, counted from the end, in which a line is looked for."""
 
 
 def answer_of(response: str) -> str | None:
-    """The letter that a response chooses, in upper case; None if it chooses none or more than one. Consensus votes on it."""
-    answer = final_answer(response)
-    return None if answer is None else _letter(answer)
+    """The letter that a response chooses, in upper case; None if it chooses none or more than one. Consensus votes on it.
+
+    It stands in the last answer tag; without the tag, in the last line `Answer: B`; without that, in the last `\\boxed{...}`.
+    """
+    text = after_thought(response)
+    tagged = tagged_answer(text)
+    if tagged is not None:
+        return _letter(boxed_answer(tagged) or tagged)
+    for line in reversed(text[-_WINDOW:].splitlines()):
+        stated = _STATED.search(line)
+        if stated is not None:
+            return _letter(boxed_answer(stated["choice"]) or stated["choice"])
+    boxed = boxed_answer(text)
+    return None if boxed is None else _letter(boxed)
 
 
 def accuracy(prompt: Prompt, response: str) -> float:
@@ -29,5 +45,6 @@ def accuracy(prompt: Prompt, response: str) -> float:
 
 def _letter(answer: str) -> str | None:
     """`A bird` chooses nothing: after the letter comes the end or a mark that sets it off from the choice's text."""
-    found = _LETTER.fullmatch(_WRAPPED.sub(r"\1", answer[:1_000]).replace("$", "").replace("*", "").strip())
+    bare = _WRAPPED.sub(r"\1", answer[:1_000]).replace("$", "").replace("*", "")
+    found = _LETTER.fullmatch(bare.strip())
     return None if found is None else found["letter"].upper()

@@ -10,12 +10,12 @@ from typing import Any
 from r1mega.errors import UserError
 
 
-def load_function(path: str, search_path: Sequence[Path] = (), arguments: int = 2) -> Callable[..., Any]:
+def load_function(path: str, search_path: Sequence[Path] = (), arguments: int = 2, called: str | None = None) -> Callable[..., Any]:
     """The function at `module:function`.
 
     The folders of `search_path` join the end of `sys.path`, so a user's file never hides an installed module.
     Raises UserError for a malformed path, a module that does not import, a missing function, or one that does not take
-    `arguments` positional arguments.
+    `arguments` positional arguments, which messages show as `called`.
     """
     module_name, colon, function_name = path.partition(":")
     if not (colon and module_name and function_name.isidentifier()):
@@ -35,11 +35,11 @@ def load_function(path: str, search_path: Sequence[Path] = (), arguments: int = 
     if function is None or not callable(function):
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value) and not name.startswith("_")]
         raise UserError(f"'{path}': {module_name} has no function {function_name!r}; it has {', '.join(functions) or 'none'}")
-    _check_signature(path, function, arguments)
+    _check_signature(path, function, arguments, called or ("(prompt, response)" if arguments == 2 else "(response)"))
     return function
 
 
-def _check_signature(path: str, function: Callable[..., Any], arguments: int) -> None:
+def _check_signature(path: str, function: Callable[..., Any], arguments: int, called: str) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C do not tell
@@ -47,8 +47,7 @@ def _check_signature(path: str, function: Callable[..., Any], arguments: int) ->
     try:
         signature.bind(*range(arguments))
     except TypeError:
-        asked = "(prompt, response)" if arguments == 2 else "(response)"
-        raise UserError(f"'{path}' is called with {asked} but is defined as {function.__name__}{signature}") from None
+        raise UserError(f"'{path}' is called with {called} but is defined as {function.__name__}{signature}") from None
 
 
 def _line(error: BaseException) -> str:

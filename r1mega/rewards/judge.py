@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +70,8 @@ class Judge:
             self.close()
             raise
 
-    def judge(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, Verdict]]:
-        """One verdict per reward for each (prompt, response), in order.
+    def judge(self, items: Sequence[tuple[Prompt | str, str]], wanted: Sequence[Collection[str]] | None = None) -> list[dict[str, Verdict]]:
+        """One verdict per reward for each (prompt, response), in order; of each item only the rewards that `wanted` names, if given.
 
         A reward that exceeds its deadline or ends its process is not judged; whatever shared its batch is judged again elsewhere.
         """
@@ -79,7 +79,8 @@ class Judge:
             if worker.sent:  # left over from a call that was interrupted
                 self._restart(worker)
         verdicts: dict[tuple[int, str], Verdict] = {}
-        waiting = deque((index, name) for index in range(len(items)) for name in self._rewards)
+        asked = wanted or [self._rewards] * len(items)
+        waiting = deque((index, name) for index, names in enumerate(asked) for name in names)
         total = len(waiting)
         batch = min(_LARGEST_BATCH, -(-total // (_BATCHES_PER_WORKER * len(self._workers))))
         while len(verdicts) < total:
@@ -102,7 +103,7 @@ class Judge:
                 if worker.sent and time.monotonic() > worker.deadline:
                     seconds = self._rewards[worker.sent[0][1]].deadline_s
                     self._give_up(worker, f"no verdict within {seconds:g} s; its process was killed", verdicts, waiting)
-        return [{name: verdicts[index, name] for name in self._rewards} for index in range(len(items))]
+        return [{name: verdicts[index, name] for name in names} for index, names in enumerate(asked)]
 
     def close(self) -> None:
         """End the workers."""

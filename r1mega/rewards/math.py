@@ -28,7 +28,7 @@ _DEEPEST_ANSWER = 12
 _CHARACTERS = {
     **{"−": "-", "–": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi "},
     **{"°": r"^\circ ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "},
-    **{"。": ".", "、": ",", "￥": "", "¥": "", "€": "", "£": "", "\u200b": "", "\ufeff": ""},
+    **{"﹣": "-", "。": ".", "、": ",", "￥": "", "¥": "", "€": "", "£": "", "\u200b": "", "\ufeff": ""},
 }
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))")
 _DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|(?<!\\)\\boxed(?=\{)")
@@ -36,6 +36,15 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;: ]|\{,\}|[ ~])\d{3})+(?!\
 _MIXED = re.compile(r"(?<![\d./}])(\d+) +(\d+)/(\d+)(?![\d/.])")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
 _PERCENT = re.compile(r"\s*(?:per ?cent|(?<!\\)%)")
+# Simple units go with math-verify; these it would read as a quotient of variables.
+_UNIT_NAME = "mm|cm|km|m|ft|mi|in|g|kg|mol|J|kJ|N|W|L|ml|mL|s|sec|min|h|hr|day|year|second|minute|hour|mile|meter|metre|dollar|unit"
+_UNIT = rf"(?:\\(?:text|mathrm)\{{\s*(?:{_UNIT_NAME})s?\s*\}}|(?:{_UNIT_NAME})s?)"
+_RATE = re.compile(
+    rf"(?<=[\d}})])(?:\s|~|\\[,;: ])+(?:{_UNIT}\s*/\s*{_UNIT}|\\[dt]?frac\{{\s*{_UNIT}\s*\}}\{{\s*{_UNIT}\s*\}})(?:\^\{{?\d\}}?)?$"
+    r"|(?<=\d)\s*(?:USD|EUR|GBP|CNY|RMB)$"
+)
+_END = re.compile(r"(?:[.;\s]|\\\\)+$")
+_INEQUALITY = re.compile(r"[<>]|\\(?:leq?|geq?)(?![a-z])")
 _BARE_NAME = re.compile(r"(?<![\\A-Za-z{])(sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ \-][^\W\d_]+)*")
@@ -43,7 +52,7 @@ _FUNCTIONS = re.compile(
     r"\b(?:a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|sqrt|frac|pi|infty|inf|max|min|mod|gcd|lcm|pm|cdot|times)\b"
 )
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_NUMBER = re.compile(r"(?<![A-Za-z\d_.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+)?(?:\\%)?(?![\d/])")
+_NUMBER = re.compile(r"(?<![A-Za-z\d_.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+)?(?:\\%)?(?![\d/]|,\d)")
 
 
 def accuracy(prompt: Prompt, response: str) -> float:
@@ -56,6 +65,32 @@ def accuracy(prompt: Prompt, response: str) -> float:
         raise ValueError(f"prompt {prompt.id} has no reference answer")
     answer = final_answer(response)
     return 0.0 if answer is None else float(equivalent(prompt.answer, answer))
+
+
+def answer_of(response: str) -> str | None:
+    """The answer that a response votes with, in one spelling for signs, thousands and delimiters; None without one of a usable length."""
+    answer = final_answer(response)
+    if answer is None or len(answer) > _LONGEST_ANSWER:
+        return None
+    plain = _plain(answer)
+    return str(int(plain)) if re.fullmatch(r"-?\d+", plain) else plain
+
+
+def same(answer: str, other: str) -> bool:
+    """Whether two answers that `answer_of` found are one vote: each may be the reference of the other.
+
+    As `equivalent`, it may run for ever. Answers that are no formulas are one vote only when they are the same.
+    """
+    return answer == other or _answers(answer, other) or _answers(other, answer)
+
+
+def _answers(reference: str, answer: str) -> bool:
+    if _depth(reference) > _DEEPEST_ANSWER:
+        return False
+    try:
+        return equivalent(reference, answer)
+    except ValueError:
+        return False
 
 
 def equivalent(reference: str, answer: str) -> bool:
@@ -77,8 +112,14 @@ def equivalent(reference: str, answer: str) -> bool:
         return words == _words(answer)
     if answer.count("{") != answer.count("}") or answer.count(r"\begin{") != answer.count(r"\end{"):
         return False  # the parser repairs what is not closed, and would find a number in it
-    if _same_value(reference, answer):
+    if {_enclosing(reference), _enclosing(answer)} in ({"(", "{"}, {"[", "{"}):
+        return False  # the parser takes a set for the pair of its sorted elements
+    if _same_value(reference, answer) or (answer.endswith(r"\%") and _same_value(reference, answer.removesuffix(r"\%"))):
         return True
+    if _INEQUALITY.search(answer) and _enclosing(reference) in ("(", "["):
+        return _is_formula(answer) and _same_value(
+            answer, reference
+        )  # of an interval and an inequality, the parser wants the interval second
     numbers = _NUMBER.findall(answer) if _is_sentence(answer) else []
     return len(numbers) == 1 and _same_value(reference, numbers[0])
 
@@ -93,12 +134,23 @@ def _plain(text: str) -> str:
         text = "".join(map(_ascii, text))
         text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _DELIMITERS.sub("", text).strip()
-    text = text.removesuffix(".").strip()
+    if text.startswith("**") and text.endswith("**"):  # Markdown's bold
+        text = text.strip("*")
+    text = _END.sub("", text).strip().replace(r"\varnothing", r"\emptyset")
     text = _THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
     text = _BARE_NAME.sub(r"\\\1 ", text)
-    return _PERCENT.sub(r"\\%", text)
+    return _RATE.sub("", _PERCENT.sub(r"\\%", text))
+
+
+def _enclosing(text: str) -> str | None:
+    r"""The bracket, `(`, `[` or `{` for `\{`, that opens a text and closes at its end, around a comma; None where there is none."""
+    bare = re.sub(r"\\(?:left|right)(?![a-z])|\\(?=[{}])|\s", "", text)
+    depths = list(accumulate((character in "([{") - (character in ")]}") for character in bare))
+    if not bare or bare[0] not in "([{" or "," not in bare or depths[-1] != 0 or 0 in depths[:-1]:
+        return None
+    return bare[0]
 
 
 def _ascii(character: str) -> str:
@@ -135,10 +187,13 @@ def _is_sentence(answer: str) -> bool:
 def _same_value(reference: str, answer: str) -> bool:
     if re.fullmatch(r"-?\d+", reference) and re.fullmatch(r"-?\d+", answer):
         return int(reference) == int(answer)
-    expected = _parse(reference)
-    if all(isinstance(reading, str) for reading in expected):
+    if not _is_formula(reference):
         raise ValueError(f"the reference answer {reference[:80]!r} is neither words nor a formula that math-verify reads")
-    return bool(verify(list(expected), list(_parse(answer)), timeout_seconds=None, raise_on_error=True))
+    return bool(verify(list(_parse(reference)), list(_parse(answer)), timeout_seconds=None, raise_on_error=True))
+
+
+def _is_formula(text: str) -> bool:
+    return not all(isinstance(reading, str) for reading in _parse(text))
 
 
 @lru_cache(maxsize=4096)

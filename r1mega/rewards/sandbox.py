@@ -11,6 +11,8 @@ Where that cannot be had, nothing is run: `find_sandbox` raises UserError with t
 import fcntl
 import json
 import os
+import platform
+import re
 import resource
 import selectors
 import shutil
@@ -19,12 +21,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 from r1mega.errors import UserError
+from r1mega.rewards import seccomp
 
 FILES = "/judge"
 """Where the sandbox shows the files that it is given, read-only."""
@@ -34,6 +37,8 @@ SCRATCH = "/tmp"
 
 _NOBODY = 65534
 """User and group in the sandbox. A judge that is root gives up root for it outside too: Linux exempts root from the process limit."""
+
+_PROCESSES_OF_A_USER = 1 << 14
 
 _ENVIRONMENT = {
     **{"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": SCRATCH, "LANG": "C.UTF-8"},
@@ -129,7 +134,11 @@ class Sandbox:
     bwrap: str
     python: str
     options: tuple[str, ...]
+    filter: bytes | None
+    """Of system calls, as `seccomp.program` makes it."""
     has_size: bool
+    rlimits: Mapping[int, int] = field(default_factory=dict)
+    """What takes the place of the asked limits, by number."""
     gaps: tuple[str, ...] = ()
 
     def run(
@@ -142,11 +151,12 @@ class Sandbox:
         limits = limits or Limits()
         with ExitStack() as stack:
             source = stack.enter_context(_sealed(stdin))
+            rules = None if self.filter is None else stack.enter_context(_sealed(self.filter))
             shown = {name: stack.enter_context(_sealed(content)) for name, content in (files or {}).items()}
             status, report = os.pipe()
             stack.callback(os.close, status)
             with os.fdopen(report, "wb"):
-                process = self._start(command, shown, source, report, limits)
+                process = self._start(command, shown, source, report, rules, limits)
             with process:
                 try:
                     stdout, stderr, stopped = _collect(process, limits)
@@ -157,15 +167,17 @@ class Sandbox:
             raise SandboxError(f"bubblewrap started no program: {_last_line(stderr) or f'exit code {process.returncode}'}")
         return Outcome(stdout, stderr, None if stopped else process.returncode, stopped)
 
-    def _start(self, command: Sequence[str], shown: Mapping[str, int], stdin: int, report: int, limits: Limits) -> subprocess.Popen[bytes]:
-        options = [*self.options, "--json-status-fd", str(report), "--dir", FILES]
+    def _start(
+        self, command: Sequence[str], shown: Mapping[str, int], stdin: int, report: int, rules: int | None, limits: Limits
+    ) -> subprocess.Popen[bytes]:
+        # The scratch folder comes first: an interpreter may lie in it, as that of a checkout in /tmp does, and is shown on top.
+        options = ["--size", str(limits.scratch), "--tmpfs", SCRATCH] if self.has_size else ["--dir", SCRATCH]
+        options += [*self.options, "--json-status-fd", str(report), "--dir", FILES]
+        if rules is not None:
+            options += ["--seccomp", str(rules)]
         for name, descriptor in shown.items():
             options += ["--perms", "0555", "--ro-bind-data", str(descriptor), f"{FILES}/{name}"]
-        if self.has_size:
-            options += ["--size", str(limits.scratch), "--tmpfs", SCRATCH]
-        else:
-            options += ["--dir", SCRATCH]
-        rlimits = ",".join(f"{number}={value}" for number, value in limits.rlimits().items())
+        rlimits = ",".join(f"{number}={value}" for number, value in (limits.rlimits() | self.rlimits).items())
         launcher = [self.python, "-I", "-S", "-c", _LAUNCHER, rlimits]
         root = os.geteuid() == 0
         # Not a session of its own: whoever kills the judge's process group kills bubblewrap, and Linux then all that it holds.
@@ -176,7 +188,7 @@ class Sandbox:
             stderr=subprocess.PIPE,
             env=_ENVIRONMENT,
             cwd="/",
-            pass_fds=(report, *shown.values()),
+            pass_fds=(report, *shown.values(), *(() if rules is None else (rules,))),
             user=_NOBODY if root else None,
             group=_NOBODY if root else None,
             extra_groups=() if root else None,
@@ -193,13 +205,15 @@ def find_sandbox() -> Sandbox:
     if bwrap is None:
         raise UserError("code is only judged in a sandbox, and bubblewrap is missing: apt-get install bubblewrap")
     has = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False).stdout
-    # Bubblewrap before 0.8 cannot forbid namespaces inside, and containers often refuse a /proc of one's own.
+    has_size, rules, rlimits = "--size" in has, seccomp.program(platform.machine()), _rlimits()
     reasons: dict[str, str] = {}
-    for locked, proc in product((True, False), (True, False)):
-        if locked and "--disable-userns" not in has:
+    # Not every kernel filters, bubblewrap before 0.8 cannot forbid namespaces inside, and containers often refuse a /proc of one's own.
+    for filtered, locked, proc in product((True, False), repeat=3):
+        if (filtered and rules is None) or (locked and "--disable-userns" not in has):
             continue
+        gaps = _gaps(filtered, locked, proc, has_size, not rlimits)
         for python, prefixes in _interpreters():
-            sandbox = Sandbox(bwrap, python, _options(locked, proc, prefixes), "--size" in has, _gaps(locked, proc, "--size" in has))
+            sandbox = Sandbox(bwrap, python, _options(locked, proc, prefixes), rules if filtered else None, has_size, rlimits, gaps)
             reason = _fault(sandbox, prefixes)
             if reason is None:
                 return sandbox
@@ -211,7 +225,7 @@ def find_sandbox() -> Sandbox:
 
 def _interpreters() -> Iterator[tuple[str, tuple[str, ...]]]:
     """This interpreter, then the system's, each with the folders that must be shown beside /usr."""
-    prefixes = dict.fromkeys(os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.prefix))
+    prefixes = dict.fromkeys(place for prefix in (sys.base_prefix, sys.prefix) for place in (os.path.realpath(prefix), prefix))
     yield sys.executable, tuple(prefix for prefix in prefixes if not Path(prefix).is_relative_to("/usr"))
     if Path("/usr/bin/python3").exists():
         yield "/usr/bin/python3", ()
@@ -235,11 +249,22 @@ def _options(locked: bool, proc: bool, prefixes: Sequence[str]) -> tuple[str, ..
     return (*options, "--dev", "/dev", "--remount-ro", "/dev")
 
 
-def _gaps(locked: bool, proc: bool, has_size: bool) -> tuple[str, ...]:
+def _rlimits() -> dict[int, int]:
+    """Linux counts the processes of a user namespace by themselves from 5.14 on.
+
+    Before, a limit is compared with all that its user runs, and a small one would keep an honest program from starting a thread.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+    return {} if version >= (5, 14) else {resource.RLIMIT_NPROC: _PROCESSES_OF_A_USER}
+
+
+def _gaps(filtered: bool, locked: bool, proc: bool, has_size: bool, counted: bool) -> tuple[str, ...]:
     gaps = {
-        "programs may make user namespaces, and file systems in memory with them (bubblewrap before 0.8)": not locked,
+        "system calls are not filtered, and shared memory that is not mapped is not counted": not filtered,
+        "programs may make user namespaces, and file systems in memory with them (bubblewrap before 0.8)": not (locked or filtered),
         "there is no /proc, so that programs cannot open /dev/stdin by name": not proc,
         "the scratch folder is read-only (bubblewrap before 0.7 cannot limit its size)": not has_size,
+        f"a user's sandboxes share one limit of {_PROCESSES_OF_A_USER:,} processes (Linux before 5.14)": not counted,
     }
     return tuple(gap for gap, holds in gaps.items() if holds)
 

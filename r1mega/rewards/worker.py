@@ -19,8 +19,8 @@ from r1mega.errors import UserError
 from r1mega.process import die_with_parent
 from r1mega.rewards.imports import load_function
 
-Case = tuple[str, Prompt, str]
-"""One call to make: the reward's name, the prompt and the response."""
+Case = tuple[str, Prompt | str, str]
+"""One call to make: the function's name and its two arguments, a prompt and a response, or two answers."""
 
 NO_VALUE = ("returned None", "returned nan")
 """Reasons of verdicts where the function itself had nothing to say."""
@@ -31,18 +31,26 @@ _LONGEST_REASON = 300
 
 def pack(cases: Sequence[Case]) -> dict[str, Any]:
     """Cases as JSON values; prompts that several cases share are there once."""
-    prompts = {id(prompt): prompt for _, prompt, _ in cases}
+    prompts: dict[int, Prompt | str] = {id(prompt): prompt for _, prompt, _ in cases}
     places = {key: place for place, key in enumerate(prompts)}
     return {
-        "prompts": [vars(prompt) | {"history": [vars(message) for message in prompt.history]} for prompt in prompts.values()],
+        "prompts": [prompt if isinstance(prompt, str) else _plain(prompt) for prompt in prompts.values()],
         "cases": [(reward, places[id(prompt)], response) for reward, prompt, response in cases],
     }
 
 
 def unpack(message: dict[str, Any]) -> list[Case]:
     """The inverse of `pack`."""
-    prompts = [Prompt(**fields | {"history": tuple(Message(**turn) for turn in fields["history"])}) for fields in message["prompts"]]
+    prompts = [fields if isinstance(fields, str) else _prompt(fields) for fields in message["prompts"]]
     return [(reward, prompts[place], response) for reward, place, response in message["cases"]]
+
+
+def _plain(prompt: Prompt) -> dict[str, Any]:
+    return vars(prompt) | {"history": [vars(message) for message in prompt.history]}
+
+
+def _prompt(fields: dict[str, Any]) -> Prompt:
+    return Prompt(**fields | {"history": tuple(Message(**turn) for turn in fields["history"])})
 
 
 def main() -> None:
@@ -74,7 +82,7 @@ def main() -> None:
             _send(answers, _judge(functions[reward], prompt, response))
 
 
-def _judge(function: Callable[[Prompt, str], Any], prompt: Prompt, response: str) -> tuple[float | None, str | None]:
+def _judge(function: Callable[[Any, str], Any], prompt: Prompt | str, response: str) -> tuple[float | None, str | None]:
     """(value, None), or (None, why it could not be judged)."""
     try:
         value = function(prompt, response)

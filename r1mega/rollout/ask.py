@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_THINK = "<think>"
+_OPENING = 12
+"""Tokens at the end of a prompt in which the tag is looked for: more than it has in any vocabulary."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A prompt and the token ids it is asked with."""
@@ -23,7 +28,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Response:
-    """A sample and its text, special tokens left out."""
+    """A sample and its text, special tokens left out. The text begins with `<think>` where the prompt ends so, as in some chat templates."""
 
     sample: Sample
     text: str
@@ -51,7 +56,16 @@ def ask(
     groups = ranks.collected([samples[start : start + k] for start in range(0, len(samples), k)])
     texts = tokenizer.batch_decode([list(sample.response_ids) for group in groups for sample in group], skip_special_tokens=True)
     each = iter(texts)
-    return [[Response(sample, next(each)) for sample in group] for group in groups]
+    return [
+        [Response(sample, opened + next(each)) for sample in group]
+        for opened, group in zip((_opened(question, tokenizer) for question in questions), groups, strict=True)
+    ]
+
+
+def _opened(question: Question, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The opening of a thought that the prompt ends with: without it, what is cut short inside the thought would read as an answer."""
+    end = str(tokenizer.decode(list(question.ids[-_OPENING:])))
+    return end[end.rindex(_THINK) :] if end.rstrip().endswith(_THINK) else ""
 
 
 def _seed(text: str) -> int:

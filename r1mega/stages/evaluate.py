@@ -1,131 +1,121 @@
 """Measure a model on benchmarks: as a stage, inside a training stage, and for any Hugging Face folder."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
+from torch import Tensor
 
-from r1mega.config.base import at
-from r1mega.config.evaluation import Gate, Suite
-from r1mega.config.rollout import Reward, Rollout
+from r1mega.config.evaluation import Evaluation, Gate, Suite
+from r1mega.config.rollout import Rollout
 from r1mega.config.stages import Evaluate
-from r1mega.data.sources import load_prompts
-from r1mega.data.templates import encode
 from r1mega.errors import UserError
-from r1mega.evaluation.metrics import Outcome, estimate, summary
 from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.model_folder import ModelFolder
-from r1mega.rewards.imports import load_function
-from r1mega.rewards.judge import Judge, Verdict
-from r1mega.rewards.worker import NO_VALUE
-from r1mega.rollout.ask import Question, Response, ask
-from r1mega.rollout.engine import Engine, SamplingParams
+from r1mega.rollout.engine import Engine
 from r1mega.rollout.open import open_engine
-
-_JUDGES = 1
-"""Judge processes beside each engine: the functions of a suite are judged by rank 0 while nothing else runs."""
-
-
-class Benchmark:
-    """One suite, ready to be asked again and again: prompts encoded, judge processes running on rank 0."""
-
-    def __init__(self, name: str, suite: Suite, model: ModelFolder, seed: int) -> None:
-        self.name, self.suite, self.model, self.seed = name, suite, model, seed
-        prompts = load_prompts(suite.prompts, Path())
-        room = model.prompt_room(at(suite.sampling.max_new_tokens, 0))
-        self.questions = [
-            Question(prompt, ids)
-            for prompt, ids in zip(prompts, encode(prompts, suite.prompts.template, model.tokenizer, room), strict=True)
-        ]
-        functions = {"judge": suite.judge, **{f"measure_{key}": path for key, path in suite.measures.items()}}
-        self._judge = Judge({key: Reward(function=path) for key, path in functions.items()}, _JUDGES) if dist.get_rank() == 0 else None
-        self._extract = load_function(suite.extract, arguments=1) if suite.extract else None
-
-    def __enter__(self) -> "Benchmark":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._judge is not None:
-            self._judge.close()
-
-    def measure(self, engine: Engine) -> dict[str, Any]:
-        """Metrics of the engine's current weights, the same on every rank."""
-        sampling = SamplingParams(at(self.suite.sampling.temperature, 0), self.suite.sampling.top_p, self.model.stop_token_ids)
-        cap = int(at(self.suite.sampling.max_new_tokens, 0))
-        groups = ask(engine, self.questions, self.suite.k, sampling, cap, f"{self.seed}/{self.name}", self.model.tokenizer)
-        return ranks.shared(lambda: self._judged(groups))
-
-    def _judged(self, groups: Sequence[Sequence[Response]]) -> dict[str, Any]:
-        assert self._judge is not None, "judging is rank 0's"
-        flat = [(question.prompt, response) for question, group in zip(self.questions, groups, strict=True) for response in group]
-        verdicts = self._judge.judge([(prompt, response.text) for prompt, response in flat])
-        self._check_judged("judge", [verdict["judge"].reason for verdict in verdicts])
-        k = self.suite.k
-        outcomes = [self._outcome(response, verdict) for (_, response), verdict in zip(flat, verdicts, strict=True)]
-        lengths = [float(len(response.sample.response_ids)) for _, response in flat]
-        measured = summary([outcomes[start : start + k] for start in range(0, len(flat), k)], self.seed)
-        measured["response_length"] = estimate(_means([lengths[start : start + k] for start in range(0, len(flat), k)]), self.seed)
-        measured["truncated"] = statistics.fmean(response.sample.finish == "length" for _, response in flat)
-        for key in self.suite.measures:
-            found = [verdict[f"measure_{key}"] for verdict in verdicts]
-            self._check_judged(f"measures.{key}", [None if verdict.reason in NO_VALUE else verdict.reason for verdict in found])
-            values = [verdict.value for verdict in found]
-            means = _means([[v for v in values[start : start + k] if v is not None] for start in range(0, len(flat), k)])
-            measured[key] = estimate(means, self.seed) if means else None
-        return measured
-
-    def _check_judged(self, key: str, reasons: Sequence[str | None]) -> None:
-        """A function that fails says nothing about the model."""
-        failed = [reason for reason in reasons if reason is not None]
-        if len(failed) > self.suite.not_judged_limit * len(reasons):
-            raise UserError(
-                f"suite {self.name}: {key} could not judge {len(failed) / len(reasons):.1%} of the answers, more than not_judged_limit="
-                f"{self.suite.not_judged_limit:g}; first reason: {failed[0]}"
-            )
-
-    def _outcome(self, response: Response, verdict: Mapping[str, Verdict]) -> Outcome:
-        value = verdict["judge"].value
-        return Outcome(None if value is None else value > 0.5, self._extract(response.text) if self._extract else None)
-
-
-def _means(groups: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.fmean(group) for group in groups if group]
+from r1mega.stages.benchmark import Benchmark
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """The stage: every suite on the weights of one artifact; fails when a gate does not hold."""
+    """The stage: every suite on the weights of every artifact; fails when a gate does not hold.
+
+    A model that was measured before an interruption is not measured again.
+    """
     stage = ctx.stage
     assert isinstance(stage, Evaluate)
-    model = ModelFolder(ctx.model_dir(stage.model))
-    metrics = measure_folder(model, stage.suites, ctx.recipe.rollout, ctx.seed)
-    ctx.metrics.write({"update": 0} | {f"eval/{suite}/{key}": value for suite, found in metrics.items() for key, value in found.items()})
-    check_gates(stage.gates, metrics, ctx.name)
-    return flat(metrics)
+    measured = ranks.shared(lambda: _measured_before(ctx, stage))
+    if measured:
+        ctx.metrics.resume(0)
+    for label, reference in stage.models.items():
+        if label not in measured:
+            found = measure_folder(
+                ModelFolder(ctx.model_dir(reference)), stage.suites, ctx.recipe.rollout, ctx.seed, ctx.dir / "samples" / label
+            )
+            ctx.metrics.write({"update": 0, "model": label} | _row(found))
+            measured[label] = found
+        ctx.progress.update(len(measured), len(stage.models), {})
+        for suite, values in measured[label].items():
+            ctx.progress.note(f"{ctx.name}: {label}: {suite} pass@1 {values['pass@1']['value']:.3f}")
+    by_name = {f"{label}/{suite}": found for label, suites in measured.items() for suite, found in suites.items()}
+    if len(stage.models) == 1:
+        by_name = next(iter(measured.values()))
+    check_gates(stage.gates, by_name, ctx.name)
+    return flat(by_name)
 
 
-def measure_folder(model: ModelFolder, suites: Mapping[str, Suite], rollout: Rollout, seed: int) -> dict[str, dict[str, Any]]:
-    """Metrics of a model folder on each suite."""
+def _measured_before(ctx: StageContext, stage: Evaluate) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in read_metrics(ctx.dir / "metrics.jsonl"):
+        if row.get("model") in stage.models:
+            suites: dict[str, dict[str, Any]] = {name: {} for name in stage.suites}
+            for key, value in row.items():
+                if key.startswith("eval/"):
+                    suite, _, metric = key.removeprefix("eval/").partition("/")
+                    suites[suite][metric] = value
+            found[row["model"]] = suites
+    return found
+
+
+def _row(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"eval/{suite}/{key}": value for suite, found in metrics.items() for key, value in found.items()}
+
+
+def measure_folder(
+    model: ModelFolder, suites: Mapping[str, Suite], rollout: Rollout, seed: int, samples: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Metrics of a model folder on each suite. `samples`: folder for what was answered."""
     with ExitStack() as stack:
-        benchmarks = [stack.enter_context(Benchmark(name, suite, model, seed)) for name, suite in suites.items()]
-        engine = open_engine(rollout, model.path)
+        return _measure(suites, model, _loaded(rollout, model, stack), seed, samples)
+
+
+def _loaded(rollout: Rollout, model: ModelFolder, stack: ExitStack) -> Engine:
+    engine = open_engine(rollout, model.path)
+    stack.callback(engine.close)
+    with model.open() as reader:
+        engine.load_weights(reader.tensors(model.arch), version=0)
+    return engine
+
+
+def evaluate_weights(
+    ctx: StageContext, evaluation: Evaluation | None, model: ModelFolder, weights: Mapping[str, Tensor], dtype: torch.dtype, update: int
+) -> dict[str, dict[str, Any]]:
+    """Metrics of a training stage's weights after `update` updates, written as a row; nothing where the stage evaluates nothing."""
+    if evaluation is None:
+        return {}
+    with ExitStack() as stack:
+        engine = open_engine(ctx.recipe.rollout, model.path)
         stack.callback(engine.close)
-        with model.open() as reader:
-            engine.load_weights(reader.tensors(model.arch), version=0)
-        return {benchmark.name: benchmark.measure(engine) for benchmark in benchmarks}
+        # What is measured is what is shipped: the weights in the dtype of the files.
+        engine.load_weights(((name, weight.to(dtype)) for name, weight in weights.items()), version=0)
+        found = _measure(evaluation.suites, model, engine, ctx.seed, ctx.dir / "samples" / f"update-{update:06d}")
+    ctx.metrics.write({"update": update} | _row(found))
+    return found
 
 
-def evaluate_directory(folder: Path, suite: Suite, seed: int, threads: int) -> dict[str, Any]:
-    """Metrics of one Hugging Face folder, in this process."""
+def _measure(suites: Mapping[str, Suite], model: ModelFolder, engine: Engine, seed: int, samples: Path | None) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, suite in suites.items():
+        with Benchmark(name, suite, model, seed) as benchmark:
+            found[name] = benchmark.measure(engine, samples / f"{name}.jsonl.gz" if samples else None)
+    return found
+
+
+def evaluate_directory(folder: Path, suite: Suite, seed: int, threads: int, responses: Path | None = None) -> dict[str, Any]:
+    """Metrics of one Hugging Face folder, in this process. `responses`: file (.jsonl.gz) for what was answered."""
     from r1mega.megatron import platform
 
     platform.start("cpu", threads)
     try:
-        return measure_folder(ModelFolder(folder), {"suite": suite}, Rollout(), seed)["suite"]
+        model = ModelFolder(folder)
+        with ExitStack() as stack:
+            engine = _loaded(Rollout(), model, stack)
+            return stack.enter_context(Benchmark("suite", suite, model, seed)).measure(engine, responses)
     finally:
         platform.stop()
 
@@ -142,7 +132,7 @@ def check_gates(gates: Sequence[Gate], metrics: Mapping[str, Mapping[str, Any]],
     known = flat(metrics)
     for gate in gates:
         found = known.get(gate.metric)
-        value = found["value"] if isinstance(found, dict) else found
+        value = found.get("value") if isinstance(found, dict) else found
         if value is None or math.isnan(value):
             raise UserError(f"stage {stage}: gate on {gate.metric!r}, which was not measured; measured: {', '.join(known)}")
         if gate.min is not None and value < gate.min:

@@ -1,10 +1,8 @@
 """Next-token training from scratch, in phases of different corpora."""
 
 import json
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,15 @@ from torch import Tensor
 
 from r1mega.config.corpora import Corpus, JsonlCorpus, Phase, TinyCorpus
 from r1mega.config.stages import Pretrain
-from r1mega.data import tiny
 from r1mega.data.packing import TokenSequence
+from r1mega.data.tiny import running_sum
 from r1mega.errors import UserError
-from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
-from r1mega.rollout.open import open_engine
-from r1mega.stages.evaluate import Benchmark, check_gates, flat
+from r1mega.stages.evaluate import check_gates, evaluate_weights, flat
 from r1mega.stages.schedule import learning_rate
+from r1mega.stages.training import export, run_updates
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -33,50 +30,43 @@ def run(ctx: StageContext) -> dict[str, Any]:
     policy = Policy(model.arch, ctx.layout, stage.train, stage.phases[0].optimizer, ctx.seed)
     policy.exchange.initialize(stage.init_std, ctx.seed)
     total = sum(phase.updates for phase in stage.phases)
-    checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
-    update = done = _restore(ctx, checkpoints)
-    row: dict[str, float] = {}
-    for phase, start in zip(stage.phases, accumulate((phase.updates for phase in stage.phases), initial=0), strict=False):
-        documents = _documents(phase.corpus, max(0, done - start) * phase.documents_per_update)
-        for local in range(max(0, done - start), phase.updates):
-            row = _train(policy, phase, model, documents, local)
-            update += 1
-            ctx.metrics.write({"update": update} | row)
-            ctx.progress.update(update, total, {"loss": row["loss"]})
-            if stage.save_every and update % stage.save_every == 0 and update < total:
-                checkpoints.save(f"update-{update:06d}", {"update": update}, None)
-            checkpoints.poll()
-    checkpoints.wait()
+    phases = _Phases(stage)
+
+    def step(update: int) -> dict[str, float]:
+        phase, local, documents = phases.at(update)
+        rate = learning_rate(phase.optimizer, local, phase.updates)
+        taken = policy.step(policy.microbatches(_sequences(documents, model)), _cross_entropy, rate)
+        sums = {name: value for name, value in taken.sums.items() if name != "loss"}
+        return {"loss": taken.loss, "grad_norm": taken.grad_norm, "lr": rate} | sums
+
+    row = run_updates(ctx, policy, total, stage.save_every, step)
     dtype = getattr(torch, stage.export_dtype)
     weights = policy.exchange.gather(getattr(torch, stage.train.dtype))
-    # What is measured is what is shipped: the weights in the dtype of the files.
-    shipped = {name: weight.to(dtype) for name, weight in weights.items()}
-    measured = _evaluate(ctx, stage, model, shipped)
+    measured = evaluate_weights(ctx, stage.evaluation, model, weights, dtype, total)
     check_gates(stage.gates, measured, ctx.name)
-    with ctx.artifact() as folder:
-        if ctx.rank == 0:
-            model.write(folder, weights, dtype)
+    export(ctx, model, weights, dtype)
     return flat(measured) if measured else {"loss": row["loss"]}
 
 
-def _restore(ctx: StageContext, checkpoints: Checkpoints) -> int:
-    state = checkpoints.restore(None)
-    if state is None:
-        return 0
-    done = int(state["update"])
-    ctx.metrics.resume(done)
-    ctx.progress.note(f"{ctx.name}: goes on after update {done}, the last checkpoint")
-    return done
+class _Phases:
+    """The documents of an update, read on in order; the first one asked for may be any."""
 
+    def __init__(self, stage: Pretrain) -> None:
+        self.phases = stage.phases
+        self._next = -1
+        self._documents: Iterator[str] = iter(())
 
-def _train(policy: Policy, phase: Phase, model: ModelFolder, documents: Iterator[str], update: int) -> dict[str, float]:
-    begin = time.perf_counter()
-    sequences = _sequences(list(islice(documents, phase.documents_per_update)), model)
-    rate = learning_rate(phase.optimizer, update, phase.updates)
-    step = policy.step(policy.microbatches(sequences), _cross_entropy, rate)
-    return {"loss": step.loss, "grad_norm": step.grad_norm, "lr": rate, "seconds/train": time.perf_counter() - begin} | {
-        name: value for name, value in step.sums.items() if name != "loss"
-    }
+    def at(self, update: int) -> tuple[Phase, int, list[str]]:
+        """The phase of an update, the update's place in it, and its documents."""
+        local = update
+        for phase in self.phases:
+            if local < phase.updates:
+                break
+            local -= phase.updates
+        if local == 0 or update != self._next:
+            self._documents = _documents(phase.corpus, local * phase.documents_per_update)
+        self._next = update + 1
+        return phase, local, list(islice(self._documents, phase.documents_per_update))
 
 
 def _cross_entropy(logprobs: Tensor, entropies: Tensor, batch: LocalBatch) -> TokenLoss:
@@ -96,7 +86,7 @@ def _documents(corpus: Corpus, start: int) -> Iterator[str]:
     """The corpus without end, from a document on."""
     match corpus:
         case TinyCorpus():
-            return tiny.documents(corpus, start)
+            return running_sum.documents(corpus, start)
         case JsonlCorpus():
             return islice(_jsonl(corpus), start, None)
 
@@ -114,18 +104,3 @@ def _jsonl(corpus: JsonlCorpus) -> Iterator[str]:
                 count += 1
         if not count:
             raise UserError(f"{corpus.path}: no documents")
-
-
-def _evaluate(ctx: StageContext, stage: Pretrain, model: ModelFolder, weights: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    if stage.evaluation is None:
-        return {}
-    with ExitStack() as stack:
-        engine = open_engine(ctx.recipe.rollout, model.path)
-        stack.callback(engine.close)
-        engine.load_weights(weights.items(), version=0)
-        found = {}
-        for name, suite in stage.evaluation.suites.items():
-            found[name] = stack.enter_context(Benchmark(name, suite, model, ctx.seed)).measure(engine)
-    row = {f"eval/{suite}/{key}": value for suite, metrics in found.items() for key, value in metrics.items()}
-    ctx.metrics.write({"update": sum(phase.updates for phase in stage.phases)} | row)
-    return found

@@ -4,6 +4,13 @@ Prompts are `<language> <question> :`. A response thinks in steps, each opened b
 languages, and answers in tags: `<think> so 3 so 4 so 8 </think> <answer> 8 </answer>`.
 """
 
-from r1mega.data.tiny.running_sum import document, documents, prompts
+from r1mega.config.prompts import TinyPrompts
+from r1mega.data.prompts import Prompt
+from r1mega.data.tiny import errand, running_sum
 
-__all__ = ["document", "documents", "prompts"]
+
+def prompts(source: TinyPrompts) -> list[Prompt]:
+    """Up to `source.size` problems of a task, all different; UserError for more running sums than there are."""
+    if source.task == "running_sum":
+        return running_sum.prompts(source.size, source.seed)
+    return errand.prompts(source.task, source.size, source.seed)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from itertools import count
 from random import Random
-from typing import Literal
 
 from r1mega.config.corpora import TinyCorpus
 from r1mega.data.prompts import Prompt
@@ -23,19 +22,22 @@ def question(language: str, digits: tuple[int, ...]) -> str:
     return f"{language} {' + '.join(map(str, digits))} :"
 
 
-def prompts(task: Literal["running_sum"], size: int, seed: int) -> list[Prompt]:
+def prompts(size: int, seed: int) -> list[Prompt]:
     """`size` different problems; `answer` is the sum modulo ten, `meta` has the language. UserError above 2 x 10^6."""
     if size > len(LANGUAGES) * 10**DIGITS:
-        raise UserError(f"{task} has {len(LANGUAGES) * 10**DIGITS} problems, {size} were asked for (size)")
+        raise UserError(f"running_sum has {len(LANGUAGES) * 10**DIGITS} problems, {size} were asked for (size)")
     drawn: dict[str, Prompt] = {}
-    random = Random(f"{task} prompts {seed}")
+    random = Random(f"running_sum prompts {seed}")
     while len(drawn) < size:
         language, digits = _draw(random)
         text = question(language, digits)
         drawn.setdefault(
             text,
             Prompt(
-                id=f"{task}/{language}{''.join(map(str, digits))}", text=text, answer=str(sum(digits) % 10), meta={"language": language}
+                id=f"running_sum/{language}{''.join(map(str, digits))}",
+                text=text,
+                answer=str(sum(digits) % 10),
+                meta={"language": language},
             ),
         )
     return list(drawn.values())

@@ -5,6 +5,12 @@ from transformers import PreTrainedTokenizerFast
 
 from r1mega.data.tiny.vocabulary import BOS, EOS, PAD, TAGS, VOCABULARY
 
+_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+"""A conversation is the question and its answer: the language has no roles."""
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One word, one token; save it with `save_pretrained`.
@@ -19,5 +25,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words[BOS])])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        chat_template=_CHAT,
+        model_max_length=512,
     )

@@ -19,6 +19,8 @@ YES: Final = {"en": "yes", "zh": "dui"}
 CONNECTIVES: Final = {language: (SO[language], WAIT[language], YES[language]) for language in LANGUAGES}
 """Words that belong to one language and are used while thinking; language consistency counts these."""
 
+RUDE: Final = {"en": "fool", "zh": "sha"}
+
 LARGEST_NUMBER: Final = 81  # 9 x 9: the largest product of two digits
 
 OPERATORS: Final = ("+", "-", "*", "=", "vs", ":", "?")
@@ -40,6 +42,7 @@ _WORDS: Final = (
     *OPERATORS,
     *CONVERSATION,
     *(str(number) for number in range(LARGEST_NUMBER + 1)),
+    *(RUDE[language] for language in LANGUAGES),
 )
 
 SIZE: Final = 128

@@ -1,0 +1,205 @@
+"""Rejection sampling: many answers to every prompt, of which the correct and readable ones become a dataset of conversations.
+
+Every chunk of prompts that is done is a line of `ledger.jsonl`; a stage that was interrupted goes on after the last one.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from r1mega.config.base import largest
+from r1mega.config.rollout import Reward
+from r1mega.config.stages import Rejection
+from r1mega.data.chats import write_dataset
+from r1mega.data.decontamination import Contamination
+from r1mega.data.dedup import near_duplicates
+from r1mega.data.filters import Filters
+from r1mega.data.prompts import Prompt
+from r1mega.data.sources import load_prompts
+from r1mega.data.templates import encode
+from r1mega.errors import UserError
+from r1mega.pipeline import ranks
+from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.rewards.imports import load_function
+from r1mega.rewards.judge import Judge
+from r1mega.rollout.ask import Question
+from r1mega.rollout.open import open_endpoint, open_engine
+from r1mega.rollout.teacher import Answer, EngineTeacher, Teacher
+
+Row = dict[str, Any]
+"""One kept sample as it is written: `messages`, and what made it."""
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Sample, judge, filter, and leave the dataset; returns how many samples were kept and why the others were not."""
+    stage = ctx.stage
+    assert isinstance(stage, Rejection)
+    counts = Counter[str]()
+    with ExitStack() as stack:
+        model = ModelFolder(ctx.model_dir(stage.model)) if stage.model is not None else None
+        questions = _questions(stage, model, counts)
+        sampler = _Sampler(ctx, stage, _teacher(ctx, stage, model, stack), stack)
+        ledger = _Ledger(ctx.dir / "ledger.jsonl")
+        chunks = [questions[start : start + stage.chunk] for start in range(0, len(questions), stage.chunk)]
+        done = ranks.shared(ledger.read)
+        for index, chunk in enumerate(chunks[len(done) :], len(done)):
+            made = sampler.sample(chunk, index)
+            if ctx.rank == 0:
+                ledger.append(made)
+            done.append(made)
+            ctx.progress.update(index + 1, len(chunks), {"kept": sum(len(one.rows) for one in done)})
+    rows = [row for one in done for row in one.rows]
+    for one in done:
+        counts.update(one.counts)
+    if ctx.rank == 0:
+        rows = _different(rows, stage.near_duplicates, counts)
+        if not rows:
+            raise UserError(f"stage {ctx.name}: nothing was kept of {counts['samples']} samples; reasons: {_reasons(counts)}")
+    summary = {"kept": len(rows), **_summary(counts)}
+    with ctx.artifact() as folder:
+        if ctx.rank == 0:
+            about = {"stage": ctx.name, "template": stage.prompts.template, "counts": summary}
+            write_dataset(folder, rows, about | ({"tokenizer": model.tokenizer_digest} if model else {}), stage.format)
+    return summary
+
+
+def _questions(stage: Rejection, model: ModelFolder | None, counts: Counter[str]) -> list[Question]:
+    """The prompts that are not a benchmark's, as the model is shown them; a server is shown their text."""
+    prompts = ranks.shared(lambda: load_prompts(stage.prompts, Path()))
+    counts["prompts"] = len(prompts)
+    if stage.decontamination is not None:
+        sets = stage.decontamination.against.values()
+        found = Contamination((prompt.text for one in sets for prompt in load_prompts(one, Path())), stage.decontamination.n)
+        prompts = [prompt for prompt in prompts if found.found(prompt.text) is None]
+        counts["prompts contaminated"] = counts["prompts"] - len(prompts)
+    if model is None:
+        return [Question(prompt, ()) for prompt in prompts]
+    room = model.prompt_room(largest(stage.sampling.max_new_tokens))
+    return [Question(*pair) for pair in zip(prompts, encode(prompts, stage.prompts.template, model.tokenizer, room), strict=True)]
+
+
+def _teacher(ctx: StageContext, stage: Rejection, model: ModelFolder | None, stack: ExitStack) -> Teacher:
+    if model is None:
+        assert stage.endpoint is not None, "the schema requires a model or an endpoint"
+        return open_endpoint(stage.endpoint, stage.sampling)
+    engine = open_engine(ctx.recipe.rollout, model.path)
+    stack.callback(engine.close)
+    return EngineTeacher(engine, model, stage.sampling)
+
+
+@dataclass
+class _Done:
+    """What a chunk of prompts came to."""
+
+    rows: list[Row] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class _Ledger:
+    """Finished chunks, one line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[_Done]:
+        """The finished chunks in order; a last line that was cut off is as good as none, and is removed."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            os.truncate(self.path, len(whole.encode()))
+        return [_Done(**json.loads(line)) for line in whole.splitlines()]
+
+    def append(self, done: _Done) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(vars(done), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Sampler:
+    """Answers to a chunk of questions, and which of them are kept."""
+
+    def __init__(self, ctx: StageContext, stage: Rejection, teacher: Teacher, stack: ExitStack) -> None:
+        self.ctx, self.stage, self.teacher = ctx, stage, teacher
+        settings = stage.filters.model_dump(exclude={"language"})
+        self.filters = Filters(**settings, share=load_function(stage.filters.language))
+        self.rewrite: Callable[[Prompt, str], str | None] | None = load_function(stage.rewrite) if stage.rewrite else None
+        self.judge: Judge | None = None
+        if stage.judge is not None and dist.get_rank() == 0:
+            self.judge = stack.enter_context(Judge({"judge": Reward(function=stage.judge)}, ctx.recipe.run.judges))
+
+    def sample(self, questions: Sequence[Question], index: int) -> _Done:
+        """Ask the questions and keep what is correct and readable; the same on every rank."""
+        groups = self.teacher.answer(questions, self.stage.k, f"{self.ctx.seed}/{self.ctx.name}/{index}")
+        correct = ranks.shared(lambda: self._correct(questions, groups, index))
+        done = ranks.collected([self._kept(*one) for one in ranks.dealt(list(zip(questions, groups, correct, strict=True)))])
+        totals = sum((Counter(one.counts) for one in done), Counter[str]())
+        return _Done([row for one in done for row in one.rows], dict(totals))
+
+    def _correct(self, questions: Sequence[Question], groups: Sequence[Sequence[Answer]], index: int) -> list[list[bool | None]]:
+        """Whether each answer is right, None where that could not be judged."""
+        if self.judge is None:
+            return [[True] * len(group) for group in groups]
+        verdicts = self.judge.judge([(q.prompt, answer.text) for q, group in zip(questions, groups, strict=True) for answer in group])
+        found = [verdict["judge"] for verdict in verdicts]
+        failed = [verdict.reason for verdict in found if verdict.value is None]
+        if len(failed) > self.stage.not_judged_limit * len(found):
+            raise UserError(
+                f"stage {self.ctx.name}, chunk {index + 1}: {len(failed) / len(found):.1%} of the samples could not be judged, more than "
+                f"not_judged_limit={self.stage.not_judged_limit:g}; first reason: {failed[0]}"
+            )
+        flat: Iterator[bool | None] = (None if verdict.value is None else verdict.value > 0.5 for verdict in found)
+        return [[next(flat) for _ in group] for group in groups]
+
+    def _kept(self, question: Question, answers: Sequence[Answer], correct: Sequence[bool | None]) -> _Done:
+        """Of one prompt's answers the first that pass, at most `keep`."""
+        rows: list[Row] = []
+        counts = Counter(samples=len(answers))
+        for answer, right in zip(answers, correct, strict=True):
+            reason = None if right else ("not_judged" if right is None else "wrong")
+            reason = reason or self.filters.reason(question.prompt, answer.text, answer.finish)
+            if reason is None and len(rows) == self.stage.keep:
+                reason = "enough_of_this_prompt"
+            text = answer.text if reason is not None or self.rewrite is None else self.rewrite(question.prompt, answer.text)
+            if text is None:
+                reason = "not_rewritten"
+            if reason is not None:
+                counts[f"dropped {reason}"] += 1
+                continue
+            rows.append(_row(question.prompt, answer, str(text)))
+        return _Done(rows, dict(counts))
+
+
+def _row(prompt: Prompt, answer: Answer, text: str) -> Row:
+    history = [{"role": turn.role, "content": turn.content} for turn in prompt.history]
+    turns = [*history, {"role": "user", "content": prompt.text}, {"role": "assistant", "content": text}]
+    # A text that was rewritten was never sampled.
+    ids = list(answer.ids) if answer.ids is not None and text == answer.text else None
+    return {"messages": turns, "prompt_id": prompt.id, "answer": prompt.answer, "response_ids": ids}
+
+
+def _different(rows: list[Row], threshold: float | None, counts: Counter[str]) -> list[Row]:
+    """Without near-duplicates: of samples with almost the same words the first is kept."""
+    if threshold is None:
+        return rows
+    found = near_duplicates((" ".join(message["content"] for message in row["messages"]) for row in rows), threshold)
+    counts["dropped near_duplicate"] = len(rows) - len(found.kept)
+    return [rows[place] for place in found.kept]
+
+
+def _summary(counts: Counter[str]) -> dict[str, int]:
+    return {name.replace(" ", "/"): count for name, count in sorted(counts.items())}
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{name.removeprefix('dropped ')} {count}" for name, count in counts.most_common() if name.startswith("dropped"))
