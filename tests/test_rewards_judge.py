@@ -145,6 +145,36 @@ def test_cases_survive_the_pipe() -> None:
     assert len(pack(cases)["prompts"]) == 2
 
 
+@pytest.mark.parametrize("response", ["1.0\n[1.0, null]\n", "\x00", "\ud800", '"}], "cases": []}', "[1.0, null]", "\u2028[1.0, null]"])
+def test_no_response_speaks_the_protocol(response: str) -> None:
+    prompt = Prompt("p", "q", answer="5")
+    right = "<think> a </think> <answer> 5 </answer>"
+    with Judge({"math": Reward(function="r1mega.rewards.math:accuracy")}, workers=1) as judge:
+        verdicts = judge.judge([(prompt, text) for text in (response, f"<answer>{response}</answer>", right, response)])
+    assert [verdict["math"].value for verdict in verdicts] == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_answers_of_a_megabyte_are_judged() -> None:
+    rewards = {name: Reward(function=f"r1mega.rewards.{name}:accuracy", deadline_s=30.0) for name in ("math", "exact")}
+    rewards["language"] = Reward(function="r1mega.rewards.language:consistency", deadline_s=30.0)
+    prompt = Prompt("p", "Find the sum of all the digits.", answer="5")
+    long = [
+        "5" * (1 << 20),
+        "(" * (1 << 20),
+        r"\sqrt{" * (1 << 17),
+        "5 + 0" * (1 << 18),
+        "5 or " * (1 << 18),
+        "\\boxed{5} and " * (1 << 16),
+    ]
+    with Judge(rewards, workers=2) as judge:
+        verdicts = judge.judge([(prompt, f"<think> so we add </think> <answer>{text}</answer>") for text in long])
+        verdicts += judge.judge([(prompt, f"<think> {'so we add ' * 100_000} </think> <answer> 5 </answer>")])
+    print([(verdict["math"].value, verdict["exact"].value, verdict["language"].value) for verdict in verdicts])
+    assert [verdict["math"].value for verdict in verdicts] == [0.0] * 5 + [1.0] * 2
+    assert [verdict["exact"].value for verdict in verdicts] == [0.0] * 5 + [1.0] * 2
+    assert [verdict["language"].value for verdict in verdicts] == [1.0] * 7
+
+
 # ---------------------------------------------------------------- deadlines and deaths
 
 
@@ -253,9 +283,8 @@ def test_short_responses_take_milliseconds() -> None:
 
 
 def test_workers_do_not_import_torch() -> None:
-    script = (
-        "import sys, r1mega.rewards.worker, r1mega.rewards.math, r1mega.rewards.choice, r1mega.rewards.gym; print('torch' in sys.modules)"
-    )
+    modules = ", ".join(f"r1mega.rewards.{name}" for name in ("worker", "math", "choice", "language", "gym"))
+    script = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=60) == "False\n"
 
 
