@@ -1,10 +1,13 @@
 """The sandbox: what a program can reach, what it can use, what is left of it, and when nothing is run at all."""
 
+import errno
 import os
+import platform
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -17,7 +20,13 @@ from pathlib import Path
 import pytest
 
 from r1mega.errors import UserError
+from r1mega.rewards import seccomp
 from r1mega.rewards.sandbox import FILES, SCRATCH, Limits, Outcome, Sandbox, SandboxError, find_sandbox
+
+USER = 0x10000000
+"""CLONE_NEWUSER."""
+
+CLONE = seccomp._CLONE.get(platform.machine())
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +106,10 @@ def test_only_three_descriptors_are_open(sandbox):
         os.close(end)
 
 
-def test_packages_of_the_judges_environment_can_be_imported():
+@pytest.mark.parametrize("parent", ["/var/tmp", "/tmp"])
+def test_packages_of_the_judges_environment_can_be_imported(parent):
     """And nothing else of the folder that it lies in."""
-    folder = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    folder = Path(tempfile.mkdtemp(dir=parent))
     folder.chmod(0o755)
     try:
         (folder / "answers.txt").write_text("42")
@@ -139,16 +149,19 @@ def test_the_network_is_refused(sandbox):
 
 
 def test_files_of_this_machine_are_not_there(sandbox, tmp_path):
+    """A folder in which the interpreter lies is there, with nothing but the interpreter."""
     (tmp_path / "answers.txt").write_text("42")
-    here = str(Path(__file__).parent)
-    errors = attempts(
-        sandbox,
-        *(f"os.listdir({folder!r})" for folder in ("/root", "/home", "/var", "/sys", "/run", "/etc/ssl", here, str(tmp_path))),
-        "open('/etc/passwd')",
-        "open('/proc/1/root/etc/passwd')",
-    )
-    assert set(errors[:-1]) == {"FileNotFoundError"} and errors[-1] in ("FileNotFoundError", "PermissionError")
-    assert said(run(sandbox, f"import os; print(os.listdir({FILES!r}), os.listdir({SCRATCH!r}))")) == "['main.py'] []"
+    folders = ("/root", "/home", "/var", "/sys", "/run", "/etc/ssl", str(Path(__file__).parent), str(tmp_path))
+    prefixes = {Path(place) for prefix in (sys.prefix, sys.base_prefix) for place in (prefix, os.path.realpath(prefix))}
+    for folder, error in zip(folders, attempts(sandbox, *(f"os.listdir({folder!r})" for folder in folders)), strict=True):
+        shown = {prefix.relative_to(folder).parts[0] for prefix in prefixes if prefix.is_relative_to(folder)}
+        if error == "done":
+            assert set(said(run(sandbox, f"import os; print(*os.listdir({folder!r}))")).split()) <= shown
+        else:
+            assert error == "FileNotFoundError"
+    passwords, *rest = attempts(sandbox, "open('/etc/passwd')", "open('/proc/1/root/etc/passwd')", f"open('{tmp_path}/answers.txt')")
+    assert passwords == "FileNotFoundError" and set(rest) <= {"FileNotFoundError", "PermissionError"}
+    assert said(run(sandbox, f"import os; print(os.listdir({FILES!r}))")) == "['main.py']"
 
 
 def test_writes_go_to_the_scratch_folder_only(sandbox):
@@ -162,18 +175,17 @@ def test_writes_go_to_the_scratch_folder_only(sandbox):
     errors = attempts(sandbox, *refused, f"open('{SCRATCH}/x', 'w').write('1')")
     assert errors.pop() == "done"
     assert set(errors) <= {"PermissionError", "OSError"}, errors
-    assert said(run(sandbox, f"import os; print(os.listdir({SCRATCH!r}))")) == "[]"
+    assert said(run(sandbox, f"import os; print(os.path.exists('{SCRATCH}/x'))")) == "False"
 
 
 def test_privileges_cannot_be_had(sandbox):
-    user = 0x10000000
     errors = attempts(
         sandbox,
         "os.setuid(0)",
         "call('mount', b'none', b'/tmp', b'tmpfs', 0, None)",
         "call('mount', None, b'/usr', None, 32 | 4096, None)",  # remount what is read-only
-        f"call('unshare', {user})",
-        f"call('unshare', {user | 0x20000})",
+        f"call('unshare', {USER})",
+        f"call('unshare', {USER | 0x20000})",
         "call('chroot', b'/tmp')",
         "call('setns', os.open('/proc/1/ns/mnt', os.O_RDONLY), 0)",
         "os.mknod('/tmp/disk', 0o60600, os.makedev(254, 0))",
@@ -222,6 +234,43 @@ def test_time_on_the_wall(sandbox):
         outcome = run(sandbox, program, wall_s=1.0)
         assert outcome == Outcome(b"", b"", None, "time")
         assert time.monotonic() - start < 30
+
+
+def test_memory_that_no_limit_counts_cannot_be_had(sandbox):
+    """System V segments and memory files hold what is written to them without being mapped."""
+    errors = attempts(sandbox, "call('shmget', 0, 1 << 20, 0o1600)", "os.memfd_create('x')", "call('syscall', 425, 8, b' ' * 120)")
+    assert errors == ["PermissionError"] * 3
+    assert said(run(sandbox, "import threading\nt = threading.Thread(target=print, args=['a thread'])\nt.start()\nt.join()")) == "a thread"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_of_system_calls(machine):
+    """The kernel's arithmetic, in a few lines: which calls come through."""
+    code = list(struct.iter_unpack("HBBI", seccomp.program(machine)))
+
+    def decide(number: int, flags: int = 0, architecture: int | None = None) -> int:
+        data = {0: number, 4: seccomp._AUDIT[machine] if architecture is None else architecture, 16: flags}
+        place = value = 0
+        while True:
+            kind, met, unmet, operand = code[place]
+            place += 1
+            match kind:
+                case 0x20:
+                    value = data[operand]
+                case 0x06:
+                    return operand
+                case _:
+                    holds = {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[kind]
+                    place += met if holds else unmet
+
+    refused = set(seccomp._REFUSED[machine].values())
+    clone = seccomp._CLONE[machine]
+    assert len(refused) == len(seccomp._REFUSED[machine])
+    for number in range(512):
+        expected = 0x00050000 | errno.EPERM if number in refused else 0x00050000 | errno.ENOSYS if number == 435 else 0x7FFF0000
+        assert decide(number) == expected
+        assert decide(number, architecture=0x40000003) == decide(number | 0x40000000) == 0x00050000 | errno.EPERM
+    assert decide(clone, USER | signal.SIGCHLD) == 0x00050000 | errno.EPERM and decide(clone, 0x3D0F00) == 0x7FFF0000
 
 
 def test_memory(sandbox):
@@ -350,7 +399,7 @@ def test_a_bubblewrap_that_does_not_isolate_is_refused(fake):
 
 
 def test_a_shared_network_is_refused(fake):
-    fake('[ "$1" = --help ] && exec REAL --help; shift; exec REAL --unshare-all --share-net "$@"')
+    fake('for word; do set -- "$@" "$word"; [ "$word" = --unshare-all ] && set -- "$@" --share-net; shift; done; exec REAL "$@"')
     with pytest.raises(UserError, match="share the machine's net namespace"):
         find_sandbox()
 
@@ -358,8 +407,26 @@ def test_a_shared_network_is_refused(fake):
 def test_old_versions_are_locked_otherwise_and_say_what_they_lack(fake):
     fake('[ "$1" = --help ] && { REAL --help | grep -v -e --disable-userns -e --size; exit; }; exec REAL "$@"')
     sandbox = find_sandbox()
-    assert len(sandbox.gaps) == 2 and "user namespaces" in sandbox.gaps[0] and "scratch" in sandbox.gaps[1]
+    assert len(sandbox.gaps) == 1 and "scratch" in sandbox.gaps[0]
+    cloning = f"call('syscall', {CLONE}, {USER | signal.SIGCHLD}, 0, 0, 0, 0)"
+    assert attempts(sandbox, f"call('unshare', {USER})", cloning) == ["PermissionError"] * 2
     assert attempts(sandbox, f"open('{SCRATCH}/x', 'w')", "open('/x', 'w')") == ["OSError", "OSError"]
+
+
+def test_a_kernel_that_filters_nothing_is_a_gap(fake):
+    fake('for word; do [ "$word" = --seccomp ] && { echo "bwrap: prctl(PR_SET_SECCOMP)" >&2; exit 1; }; done; exec REAL "$@"')
+    (gap,) = find_sandbox().gaps
+    assert "system calls are not filtered" in gap
+
+
+def test_an_old_kernel_counts_all_processes_of_a_user(monkeypatch):
+    monkeypatch.setattr(platform, "release", lambda: "4.18.0-553.el8.x86_64")
+    find_sandbox.cache_clear()
+    sandbox = find_sandbox()
+    find_sandbox.cache_clear()
+    assert "16,384 processes" in sandbox.gaps[-1]
+    program = "import resource; print(resource.getrlimit(resource.RLIMIT_NPROC)[0])"
+    assert said(run(sandbox, program)) == "16384"
 
 
 def test_without_proc_programs_still_run(fake):
