@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainValidator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
 
 class Closed(BaseModel):
@@ -85,11 +85,14 @@ class _ScheduleOf:
         return float(value)
 
 
-Schedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf())]
+_AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
+"""Pydantic's own serializer takes the keys of a schedule for strings, and warns."""
+
+Schedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf()), _AS_IT_IS]
 """A number, or the numbers that hold from given updates on: `{0: 32768, 8200: 65536}`."""
-PositiveSchedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf(above=0))]
-NonNegativeSchedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf(least=0))]
-ShareSchedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf(above=0, most=1))]
+PositiveSchedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf(above=0)), _AS_IT_IS]
+NonNegativeSchedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf(least=0)), _AS_IT_IS]
+ShareSchedule = Annotated[float | dict[int, float], PlainValidator(_ScheduleOf(above=0, most=1)), _AS_IT_IS]
 """Above 0, at most 1."""
 
 
