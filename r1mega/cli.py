@@ -66,15 +66,18 @@ def _check(options: argparse.Namespace) -> int:
 def _declare_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="Hugging Face model folder")
     parser.add_argument("--suite", required=True, metavar="NAME", help="name of a benchmark that ships with r1mega, or a YAML file")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="rows of a published benchmark, a file or a folder (docs/benchmarks.md)")
     parser.add_argument("--samples", type=int, metavar="K", help="samples per prompt (default: the suite's)")
+    parser.add_argument("--responses", type=Path, metavar="FILE", help="write every response there, gzipped JSON lines")
     parser.add_argument("--seed", type=int, default=1, help="seed of the samples (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the benchmark, such as prompts.limit=10")
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from r1mega.config import suites
-    from r1mega.config.base import FunctionMark
+    from r1mega.config.base import FunctionMark, PathMark
+    from r1mega.config.loading import load_suite
     from r1mega.config.tree import marked
     from r1mega.pipeline.artifacts import check_model
     from r1mega.pipeline.files import check_writable, write_json
@@ -82,12 +85,17 @@ def _eval(options: argparse.Namespace) -> int:
 
     if options.json:
         check_writable(options.json, "--json")
-    suite = suites.find(options.suite)
+    if options.responses:
+        check_writable(options.responses, "--responses")
+    suite = load_suite(options.suite, options.data, options.overrides)
+    for key, _, path in marked(suite, PathMark):
+        if not Path(path).exists():
+            raise UserError(f"'{key}': no file or folder {path}")
     if Path(options.suite).is_file():
         # Functions of a user's own lie beside the suite, as they lie beside a recipe; last, so that they never shadow a library.
         sys.path.append(str(Path(options.suite).parent.absolute()))
     for _, mark, function in marked(suite, FunctionMark):
-        load_function(function, arguments=mark.arguments)
+        load_function(function, arguments=mark.arguments, called=mark.called)
     if options.samples is not None and options.samples < 1:
         raise UserError(f"--samples {options.samples}: expected at least 1")
     if options.samples:
@@ -97,7 +105,7 @@ def _eval(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     from r1mega.stages.evaluate import evaluate_directory
 
-    metrics = evaluate_directory(folder, suite, seed=options.seed, threads=options.threads)
+    metrics = evaluate_directory(folder, suite, options.seed, options.threads, options.responses)
     print(json.dumps(metrics, indent=2))
     if options.json:
         write_json(options.json, metrics)

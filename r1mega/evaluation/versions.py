@@ -11,6 +11,7 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from r1mega.config.base import at
 from r1mega.config.evaluation import Suite
 from r1mega.data.prompts import Prompt
 from r1mega.data.templates import R1_ZERO
@@ -25,14 +26,14 @@ def version(suite: Suite, prompts: Sequence[Prompt]) -> dict[str, str]:
     A function's digest is that of its module and of all modules of the same package, or beside it, that this one imports. The template
     `chat` is the model's own and has no digest here; neither k nor deadlines are part, since they do not change what is estimated.
     """
-    sampling = suite.sampling
+    settings = {name: getattr(suite.sampling, name) for name in ("temperature", "top_p", "max_new_tokens")}
     functions = {"judge": suite.judge, "extract": suite.extract, "equal": suite.equal}
     functions |= {f"measures.{name}": path for name, path in suite.measures.items()}
     functions |= {f"weights.{name}": path for name, path in suite.weights.items()}
     found = {
         "prompts": _digest(json.dumps([_plain(prompt) for prompt in prompts], sort_keys=True, default=str)),
         "template": f"r1_zero {_digest(R1_ZERO)}" if suite.prompts.template == "r1_zero" else suite.prompts.template,
-        "sampling": f"temperature {sampling.temperature}, top_p {sampling.top_p}, max_new_tokens {sampling.max_new_tokens}",
+        "sampling": ", ".join(f"{name} {at(value, 0):.12g}" for name, value in settings.items()),
     }
     libraries: set[str] = set()
     for name, path in functions.items():
@@ -76,7 +77,9 @@ def _imported(tree: ast.Module, spec: ModuleSpec) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            name = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            if node.level and not package:
+                continue  # it will not import either
+            name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             yield name
             yield from (f"{name}.{alias.name}" for alias in node.names)
 
