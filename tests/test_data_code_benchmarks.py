@@ -159,13 +159,11 @@ def test_examples_are_the_tests_of_a_row_without_official_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(
-            ({name: None}, f"no field '{name}'")
-            for name in ("id", "contest_id", "index", "title", "description", "time_limit", "memory_limit")
-        ),
+        *(({name: None}, f"no field '{name}'") for name in ("id", "contest_id", "index", "title")),
+        *(({name: None}, f"the data set has no {name} of the problem") for name in ("description", "time_limit", "memory_limit")),
         ({"time_limit": 0}, "field 'time_limit': expected a number above 0"),
         ({"official_tests": [{"input": "1"}]}, "field 'official_tests': test 1: expected 'input' and 'output'"),
-        ({"official_tests": None, "examples": None}, "no tests"),
+        ({"official_tests": None, "examples": None}, "the data set has no tests"),
         ({"interaction_format": "Ask me."}, "the problem is interactive"),
         ({"input_mode": "file"}, "programs read and write files"),
     ],
@@ -174,3 +172,15 @@ def test_codeforces_rows_that_are_not_as_published(change, message):
     with pytest.raises(UserError) as error:
         codeforces.prompt_of(CF[0] | change, "tests.jsonl:7")
     assert str(error.value).startswith("tests.jsonl:7: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["id", "contest_id", "index", "title", "description", "time_limit", "memory_limit"])
+def test_a_column_that_is_not_there_is_named(name):
+    row = {key: value for key, value in CF[0].items() if key != name}
+    assert codeforces.unjudgeable(row) is None
+    with pytest.raises(UserError, match=f"^tests.jsonl:7: no field '{name}'; the row has "):
+        codeforces.prompt_of(row, "tests.jsonl:7")
+
+
+def test_rows_that_can_be_judged():
+    assert [codeforces.unjudgeable(row) for row in CF] == [None] * 3

@@ -177,7 +177,7 @@ class Sandbox:
             options += ["--seccomp", str(rules)]
         for name, descriptor in shown.items():
             options += ["--perms", "0555", "--ro-bind-data", str(descriptor), f"{FILES}/{name}"]
-        rlimits = ",".join(f"{number}={value}" for number, value in (limits.rlimits() | self.rlimits).items())
+        rlimits = ",".join(f"{number}={value}" for number, value in {**limits.rlimits(), **self.rlimits}.items())
         launcher = [self.python, "-I", "-S", "-c", _LAUNCHER, rlimits]
         root = os.geteuid() == 0
         # Not a session of its own: whoever kills the judge's process group kills bubblewrap, and Linux then all that it holds.

@@ -28,8 +28,6 @@ def prompt_of(row: Mapping[str, Any], where: str) -> Prompt:
     if reason is not None:
         raise UserError(f"{where}: {reason}; leave the row out")
     tests = _tests(row, where, "official_tests") or _tests(row, where, "examples")
-    if not tests:
-        raise UserError(f"{where}: fields 'official_tests' and 'examples': no tests; leave the row out")
     asked = row["prompt"] if row.get("prompt") else f"{_INSTRUCTION}\n\n{_statement(row, where)}"
     language = row.get("language")
     return Prompt(
@@ -54,11 +52,19 @@ def prompt_of(row: Mapping[str, Any], where: str) -> Prompt:
 
 
 def unjudgeable(row: Mapping[str, Any]) -> str | None:
-    """Why programs for a row cannot be judged: it is a dialogue, or reads and writes files. None where they can."""
+    """Why programs for a row cannot be judged, None where they can.
+
+    The problem is a dialogue, reads and writes files, or the data set has no statement, limit or test of it: such columns may be None.
+    """
     if row.get("interaction_format"):
         return "the problem is interactive, and its interactor is not in the data set"
     if (row.get("input_mode") or "stdio") != "stdio":
         return f"programs read and write files (input_mode {row['input_mode']!r}), not standard input and output"
+    for name in ("description", "time_limit", "memory_limit"):
+        if name in row and row[name] is None:
+            return f"the data set has no {name} of the problem"
+    if not row.get("official_tests") and not row.get("examples"):
+        return "the data set has no tests of the problem"
     return None
 
 
