@@ -22,6 +22,7 @@ from r1mega.megatron import checkpoint, reward_model
 from r1mega.megatron.policy import NotFinite, Policy
 from r1mega.megatron.reward_model import RewardModel
 from r1mega.objectives import preference
+from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.weights.architecture import Architecture, read_config, scored_config
 from r1mega.weights.dist_checkpoint import stored_shapes
 from r1mega.weights.moving import reader_of
@@ -61,7 +62,7 @@ def opened(folder: Path, optimizer: Optimizer | None = None) -> Policy:
     arch = Architecture.from_hf(read_config(folder))
     policy = Policy(arch, Layout(), Train(chunk_tokens=64, logprob_chunk=50), optimizer)
     with Reader(folder) as reader:
-        reward_model.initialize(policy, reader, 0.01, 0)
+        policy.exchange.load(reader.read)
     return policy
 
 
@@ -159,6 +160,8 @@ def test_folders_that_are_no_reward_model_of_the_policy(tmp_path):
         RewardModel(policy, folder)
     with pytest.raises(UserError, match=r"a sequence of 65 tokens does not fit into a chunk of 64"):
         RewardModel(policy, tmp_path / "whole").scores([[1] * 65])
+    with pytest.raises(UserError, match=r"whole: a reward model, which scores text and writes none"):
+        ModelFolder(tmp_path / "whole")
 
 
 def test_labels_are_counted():

@@ -25,6 +25,7 @@ from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.pipeline.rundir import claimed
 from r1mega.pipeline.worker import run_stages, stage_function
 from r1mega.report.progress import Progress
+from r1mega.weights.architecture import Architecture, read_config
 
 transformers = pytest.importorskip("transformers")
 BASE = Path(__file__).parents[1] / "configs/tiny/base"
@@ -105,17 +106,16 @@ def test_pairs_are_learnt_and_the_artifact_is_what_transformers_opens(data: Path
     assert rows[0]["lr"] == 2.5e-4 and rows[3]["lr"] == 1e-3 and rows[-1]["lr"] < 1.1e-4
     assert sum(row["sequences"] for row in rows) == 2 * made.metrics["n_train"]
 
-    artifact = ModelFolder(stage / "artifact")
-    assert artifact.arch == ModelFolder(BASE).arch.scored() and artifact.config["num_labels"] == 1
-    view = View.of(artifact.config)
+    base, config = ModelFolder(BASE), read_config(stage / "artifact")
+    assert Architecture.from_hf(config) == base.arch.scored() and config["num_labels"] == 1
+    view = View.of(config)
     assert view == View("summary", "none")
     pairs = list(read_pairs(source(data)))[:40:2]
     prompts = [pair.prompt for pair in pairs for _ in pair.answers]
-    ids = view.encode(prompts, [answer for pair in pairs for answer in pair.answers], artifact.tokenizer)
+    ids = view.encode(prompts, [answer for pair in pairs for answer in pair.answers], base.tokenizer)
     expected = scores_of(stage / "artifact", ids)
     assert sum(chosen > rejected for chosen, rejected in zip(expected[0::2], expected[1::2], strict=True)) >= 19
 
-    base = ModelFolder(BASE)
     policy = Policy(base.arch, Layout(), Train(chunk_tokens=512), None)
     with base.open() as reader:
         policy.exchange.load(reader.read)

@@ -6,7 +6,7 @@ no model of its own: it is scored on the policy's, into which its shards are swa
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from r1mega.data.packing import TokenSequence
 from r1mega.data.preferences import View
-from r1mega.errors import UserError
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, StepResult, TokenLoss
-from r1mega.weights.architecture import Architecture, read_config
+from r1mega.weights.architecture import read_config, reward_architecture
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.moving import load_local
@@ -35,16 +34,9 @@ def as_sequences(ids: Sequence[Sequence[int] | Tensor]) -> list[TokenSequence]:
 
 
 def initialize(policy: Policy, reader: Reader, std: float, seed: int) -> None:
-    """Fill a reward model from a language model's folder, or from a reward model's.
-
-    A score that the folder lacks is drawn from a normal distribution, the same under every layout.
-    """
+    """Fill a reward model from a language model's folder; its score is drawn from a normal distribution, the same under every layout."""
     draw = policy.exchange.fresh(std, seed)
-
-    def read(name: str, box: Box) -> Tensor:
-        return draw(name, box) if name == _SCORE and name not in reader.stored else reader.read(name, box)
-
-    policy.exchange.load(read)
+    policy.exchange.load(lambda name, box: draw(name, box) if name == _SCORE else reader.read(name, box))
 
 
 @torch.no_grad()
@@ -120,9 +112,7 @@ class RewardModel:
         Raises:
             UserError: the folder is no reward model, or not one of the policy's shapes.
         """
-        config = read_config(folder)
-        arch = Architecture.from_hf(config)
-        _check(arch, policy.arch.scored(), folder)
+        arch = reward_architecture(folder, policy.arch)
         shared = {tensor.name for tensor in canonical(arch)}
         placed = [
             local for local in policy.exchange.placed if local.pieces and all(piece.tensor in shared for piece in local.pieces)
@@ -133,8 +123,10 @@ class RewardModel:
             reader.check(canonical(arch))
             load_local(host, placed, reader.read)
             projection = reader.read(_SCORE, Box.whole((1, arch.hidden)))
-        self.view = View.of(config)
+        self.view = View.of(read_config(folder))
         """What it is to be shown of an answer."""
+        self.longest = min(policy.train.chunk_tokens, arch.max_positions)
+        """Most tokens of a sequence."""
         self._policy = policy
         self._shards = [host.get(key) for key in policy.weights]
         self._projection = projection.to(policy.device)
@@ -153,15 +145,3 @@ class RewardModel:
         batches = self._policy.microbatches(as_sequences(sequences))
         with self._policy.holding(self._shards):
             return scores(self._policy, batches, len(sequences), self._projection)
-
-
-def _check(arch: Architecture, wanted: Architecture, folder: Path) -> None:
-    if arch.head != "score":
-        raise UserError(f"{folder}: not a reward model: config.json names no ...ForSequenceClassification; train one in a preference stage")
-    for field in fields(arch):
-        found, policy = getattr(arch, field.name), getattr(wanted, field.name)
-        if found != policy:
-            raise UserError(
-                f"{folder}: a reward model is scored on the policy's model and must have its shapes, but its {field.name} is {found}, "
-                f"the policy's {policy}"
-            )

@@ -19,7 +19,7 @@ from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
 
 
 class ModelFolder:
-    """Configuration, tokenizer and weights of one model.
+    """Configuration, tokenizer and weights of one language model.
 
     Raises:
         UserError: config.json, the tokenizer or a weight is missing or does not fit the others.
@@ -29,6 +29,8 @@ class ModelFolder:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
         self.arch = Architecture.from_hf(self.config)
+        if self.arch.head == "score":
+            raise UserError(f"{path}: a reward model, which scores text and writes none; name a language model here")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

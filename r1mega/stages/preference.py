@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega.config.chats import Preferences
 from r1mega.config.stages import Preference
 from r1mega.data.mixture import shuffled
 from r1mega.data.preferences import Judged, Pair, View, read_judged, read_pairs
@@ -96,7 +97,8 @@ def write(folder: Path, model: ModelFolder, view: View, weights: dict[str, Tenso
 
 def _examples(stage: Preference, model: ModelFolder, view: View) -> tuple[list[Example], dict[str, int]]:
     """All judgements that fit, and how many sequences and tokens they are."""
-    judgements: list[Pair] | list[Judged] = list(read_pairs(stage.data) if stage.loss == "pairwise" else read_judged(stage.data))
+    read: Callable[[Preferences], Iterator[Pair | Judged]] = read_pairs if stage.loss == "pairwise" else read_judged
+    judgements = list(read(stage.data))
     limit = min(stage.train.chunk_tokens, model.arch.max_positions)
     kept = [example for example in _encoded(judgements, view, model) if max(map(len, example.ids)) <= limit]
     dropped = len(judgements) - len(kept)

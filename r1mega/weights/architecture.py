@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,3 +121,22 @@ def scored_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "num_nextn_predict_layers" in kept:
         kept["num_nextn_predict_layers"] = 0
     return kept | {"architectures": [names[config["model_type"]] + CLASSIFIER], "num_labels": 1}
+
+
+def reward_architecture(folder: Path, policy: Architecture) -> Architecture:
+    """The architecture of a reward model that is to be scored on a policy's model.
+
+    Raises:
+        UserError: the folder is no reward model, or its shapes are not the policy's.
+    """
+    arch, wanted = Architecture.from_hf(read_config(folder)), policy.scored()
+    if arch.head != "score":
+        raise UserError(f"{folder}: not a reward model: config.json names no ...{CLASSIFIER}; train one in a preference stage")
+    for field in fields(arch):
+        found, shared = getattr(arch, field.name), getattr(wanted, field.name)
+        if found != shared:
+            raise UserError(
+                f"{folder}: a reward model is scored on the policy's model and must have its shapes, but its {field.name} is {found}, "
+                f"the policy's {shared}"
+            )
+    return arch
