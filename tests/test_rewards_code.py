@@ -330,6 +330,12 @@ def test_judges_run_it():
     assert "prompt bare has no tests" in verdicts[3]["code"].reason
 
 
+def test_no_tests_are_not_passed():
+    for meta in ({}, {"tests": None}, dict(prompt().meta)):
+        with pytest.raises(ValueError, match="prompt p has no tests"):
+            accuracy(Prompt("p", "?", meta=meta), fenced("print(1)"))
+
+
 def test_without_bubblewrap_nothing_is_judged(monkeypatch):
     monkeypatch.setenv("PATH", "")
     find_sandbox.cache_clear()

@@ -15,7 +15,7 @@ from decimal import Decimal, DecimalException
 from functools import lru_cache
 from typing import Any
 
-from r1mega.data.code_tests import CodeTest, unpack
+from r1mega.data.code_tests import CodeTest, pack, unpack
 from r1mega.data.prompts import Prompt
 from r1mega.rewards.answer import after_thought
 from r1mega.rewards.sandbox import FILES, SCRATCH, Limits, Outcome, Sandbox, SandboxError, find_sandbox
@@ -24,8 +24,8 @@ TOLERANCE = 1e-6
 """Absolute or relative error, whichever is larger, of a token where `compare` is `tokens` and the expected one has a point or exponent."""
 
 TOTAL_S = 300.0
-"""Seconds for all tests of a response together, after which it is too slow, and wrong. Give the reward a `deadline_s` above it and above
-the compiler's: a response that the judge cuts short is not judged, which a policy that learns to sleep must not achieve."""
+"""Seconds for all tests of a response together, after which it is too slow, and wrong. Give the reward a `deadline_s` of 450 or more, which
+leaves room for a compiler and a checker: what the judge cuts short is not judged, and a policy must not get there by sleeping."""
 
 _OVERHEAD = 256 << 20
 """Bytes of address space beside a problem's memory: an interpreter, libraries, and stacks that are reserved but not used."""
@@ -38,7 +38,7 @@ _STAR_MODULES = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools", "functools"),
     *("operator", "io", "sys", "json", "builtins", "typing"),
 )
-"""LiveCodeBench runs programs with the names of these modules in place, the last one first: solutions say `List` without an import."""
+"""LiveCodeBench runs programs with the names of these modules in place, later ones hiding earlier ones: solutions say `List` at once."""
 
 _DRIVER = """
 import importlib, json, os, sys, types
@@ -87,7 +87,8 @@ def accuracy(prompt: Prompt, response: str) -> float:
     Raises UserError without a sandbox, SandboxError where it breaks or the program is C++ and there is no compiler, ValueError for a prompt
     without tests: such a response is not judged.
     """
-    if not isinstance(prompt.meta.get("tests"), str):
+    tests = _tests(prompt.meta.get("tests") or pack([]))
+    if not tests:
         raise ValueError(f"prompt {prompt.id} has no tests")
     sandbox = find_sandbox()
     program = final_program(response, prompt.meta)
@@ -97,7 +98,7 @@ def accuracy(prompt: Prompt, response: str) -> float:
     if runnable is None:
         return 0.0
     until = time.monotonic() + TOTAL_S
-    return float(all(_passes(sandbox, runnable, test, prompt.meta, until) for test in _tests(prompt.meta["tests"])))
+    return float(all(_passes(sandbox, runnable, test, prompt.meta, until) for test in tests))
 
 
 def final_program(response: str, meta: Mapping[str, Any] | None = None) -> Program | None:
