@@ -74,7 +74,7 @@ def test_a_response_of_megabytes_is_read_in_linear_time():
     start = time.monotonic()
     for response in ("```\n" * (1 << 20), "`" * (1 << 22), "<think></think>```python\n" * (1 << 17), "\n" * (1 << 22)):
         final_program(response)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 # ---------------------------------------------------------------- comparing outputs
