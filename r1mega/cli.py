@@ -50,14 +50,22 @@ def _run(options: argparse.Namespace) -> int:
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="resolve every stage without the recipe's weights and data, and list what is not here"
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
     from r1mega.config.loading import dump_resolved, load_recipe
     from r1mega.pipeline.preflight import check_contents, check_references
+    from r1mega.report.overview import overview
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    check_references(recipe, options.recipe.parent.absolute())
+    recipe = load_recipe(options.recipe, options.overrides, inputs=not options.dry_run)
+    missing = check_references(recipe, options.recipe.parent.absolute(), inputs=not options.dry_run)
+    if options.dry_run:
+        print(*overview(recipe), sep="\n")
+        print("needs, and this machine lacks:" if missing else "all of its inputs are here", *missing, sep="\n  ")
+        return 0
     check_contents(recipe)
     print(dump_resolved(recipe), end="")
     return 0
@@ -68,6 +76,7 @@ def _declare_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", required=True, metavar="NAME", help="name of a benchmark that ships with r1mega, or a YAML file")
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows of a published benchmark, a file or a folder (docs/benchmarks.md)")
     parser.add_argument("--samples", type=int, metavar="K", help="samples per prompt (default: the suite's)")
+    parser.add_argument("--judges", type=int, default=1, metavar="N", help="processes that judge the answers (default: 1)")
     parser.add_argument("--responses", type=Path, metavar="FILE", help="write every response there, gzipped JSON lines")
     parser.add_argument("--seed", type=int, default=1, help="seed of the samples (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (default: 1)")
@@ -96,8 +105,9 @@ def _eval(options: argparse.Namespace) -> int:
         sys.path.append(str(Path(options.suite).parent.absolute()))
     for _, mark, function in marked(suite, FunctionMark):
         load_function(function, arguments=mark.arguments, called=mark.called)
-    if options.samples is not None and options.samples < 1:
-        raise UserError(f"--samples {options.samples}: expected at least 1")
+    for name in ("samples", "judges"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: expected at least 1")
     if options.samples:
         suite = suite.model_copy(update={"k": options.samples})
     folder = check_model(options.model, "MODEL_DIR")
@@ -105,7 +115,7 @@ def _eval(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     from r1mega.stages.evaluate import evaluate_directory
 
-    metrics = evaluate_directory(folder, suite, options.seed, options.threads, options.responses)
+    metrics = evaluate_directory(folder, suite, options.seed, options.threads, options.judges, options.responses)
     print(json.dumps(metrics, indent=2))
     if options.json:
         write_json(options.json, metrics)

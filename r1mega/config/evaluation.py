@@ -24,7 +24,6 @@ class Suite(Closed):
     prompts: PromptSet
     judge: RewardFunction = Field(description="import path of the function whose value above 0.5 counts as correct")
     deadline_s: float = Field(10.0, gt=0, description="seconds for one call of a function; then its process is killed")
-    judges: int = Field(1, ge=1, description="processes that judge")
     extract: ExtractFunction | None = Field(
         None, description="import path of `f(response) -> str | None`, the answer that consensus votes on; left out: there is no vote"
     )

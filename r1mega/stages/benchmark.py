@@ -38,7 +38,8 @@ Verdicts = Sequence[Mapping[str, Verdict]]
 class Benchmark:
     """One suite, ready to be asked again and again: prompts encoded, judge processes running on rank 0."""
 
-    def __init__(self, name: str, suite: Suite, model: ModelFolder, seed: int) -> None:
+    def __init__(self, name: str, suite: Suite, model: ModelFolder, seed: int, judges: int = 1) -> None:
+        """`judges`: processes that judge, beside rank 0."""
         self.name, self.suite, self.model, self.seed = name, suite, model, seed
         prompts = load_prompts(suite.prompts, Path())
         room = model.prompt_room(at(suite.sampling.max_new_tokens, 0))
@@ -52,7 +53,7 @@ class Benchmark:
             self._version = versions.version(suite, prompts)
             functions = self._functions() | ({"equal": suite.equal} if suite.equal else {})
             rewards = {key: Reward(function=path, deadline_s=suite.deadline_s) for key, path in functions.items()}
-            self._judge = Judge(rewards, suite.judges)
+            self._judge = Judge(rewards, judges)
 
     def __enter__(self) -> "Benchmark":
         return self
@@ -101,8 +102,8 @@ class Benchmark:
             return measured
         if self.suite.equal is None:
             return summary(grouped, self.seed)
-        grouped, not_compared = self._votes(grouped)
-        return summary(grouped, self.seed) | {"not_compared": not_compared}
+        voted, not_compared = self._votes(grouped)
+        return summary(voted, self.seed) | {"not_compared": not_compared}
 
     def _votes(self, grouped: Sequence[Sequence[Outcome]]) -> tuple[list[list[Outcome]], float]:
         """The outcomes with equal answers made one, and the share of comparisons that could not be made."""

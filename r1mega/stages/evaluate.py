@@ -34,9 +34,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
         ctx.metrics.resume(0)
     for label, reference in stage.models.items():
         if label not in measured:
-            found = measure_folder(
-                ModelFolder(ctx.model_dir(reference)), stage.suites, ctx.recipe.rollout, ctx.seed, ctx.dir / "samples" / label
-            )
+            model = ModelFolder(ctx.model_dir(reference))
+            with ExitStack() as stack:
+                found = _measure(ctx, stage.suites, model, _loaded(ctx.recipe.rollout, model, stack), label)
             ctx.metrics.write({"update": 0, "model": label} | _row(found))
             measured[label] = found
         ctx.progress.update(len(measured), len(stage.models), {})
@@ -66,14 +66,6 @@ def _row(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"eval/{suite}/{key}": value for suite, found in metrics.items() for key, value in found.items()}
 
 
-def measure_folder(
-    model: ModelFolder, suites: Mapping[str, Suite], rollout: Rollout, seed: int, samples: Path | None = None
-) -> dict[str, dict[str, Any]]:
-    """Metrics of a model folder on each suite. `samples`: folder for what was answered."""
-    with ExitStack() as stack:
-        return _measure(suites, model, _loaded(rollout, model, stack), seed, samples)
-
-
 def _loaded(rollout: Rollout, model: ModelFolder, stack: ExitStack) -> Engine:
     engine = open_engine(rollout, model.path)
     stack.callback(engine.close)
@@ -93,20 +85,23 @@ def evaluate_weights(
         stack.callback(engine.close)
         # What is measured is what is shipped: the weights in the dtype of the files.
         engine.load_weights(((name, weight.to(dtype)) for name, weight in weights.items()), version=0)
-        found = _measure(evaluation.suites, model, engine, ctx.seed, ctx.dir / "samples" / f"update-{update:06d}")
+        found = _measure(ctx, evaluation.suites, model, engine, f"update-{update:06d}")
     ctx.metrics.write({"update": update} | _row(found))
     return found
 
 
-def _measure(suites: Mapping[str, Suite], model: ModelFolder, engine: Engine, seed: int, samples: Path | None) -> dict[str, dict[str, Any]]:
+def _measure(ctx: StageContext, suites: Mapping[str, Suite], model: ModelFolder, engine: Engine, label: str) -> dict[str, dict[str, Any]]:
+    """Metrics on each suite; what was answered goes to `samples/<label>` in the stage's folder."""
     found = {}
     for name, suite in suites.items():
-        with Benchmark(name, suite, model, seed) as benchmark:
-            found[name] = benchmark.measure(engine, samples / f"{name}.jsonl.gz" if samples else None)
+        with Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges) as benchmark:
+            found[name] = benchmark.measure(engine, ctx.dir / "samples" / label / f"{name}.jsonl.gz")
     return found
 
 
-def evaluate_directory(folder: Path, suite: Suite, seed: int, threads: int, responses: Path | None = None) -> dict[str, Any]:
+def evaluate_directory(
+    folder: Path, suite: Suite, seed: int, threads: int = 1, judges: int = 1, responses: Path | None = None
+) -> dict[str, Any]:
     """Metrics of one Hugging Face folder, in this process. `responses`: file (.jsonl.gz) for what was answered."""
     from r1mega.megatron import platform
 
@@ -115,7 +110,7 @@ def evaluate_directory(folder: Path, suite: Suite, seed: int, threads: int, resp
         model = ModelFolder(folder)
         with ExitStack() as stack:
             engine = _loaded(Rollout(), model, stack)
-            return stack.enter_context(Benchmark("suite", suite, model, seed)).measure(engine, responses)
+            return stack.enter_context(Benchmark("suite", suite, model, seed, judges)).measure(engine, responses)
     finally:
         platform.stop()
 

@@ -33,7 +33,8 @@ from r1mega.report.plot import draw
 from r1mega.rollout.ask import Question, ask
 from r1mega.rollout.engine import Engine, SamplingParams
 from r1mega.rollout.open import open_engine
-from r1mega.stages.evaluate import Benchmark, flat
+from r1mega.stages.benchmark import Benchmark
+from r1mega.stages.evaluate import flat
 from r1mega.stages.minibatch import Judgement, Minibatch, Rollout
 from r1mega.stages.schedule import learning_rate
 from r1mega.stages.scoring import Scorer
@@ -75,7 +76,9 @@ class GrpoLoop:
         sizes = {name: len(questions) for name, questions in self.questions.items()}
         self.mixture = Mixture(sizes, {name: prompts.share for name, prompts in stage.prompts.items()}, ctx.seed)
         suites = stage.evaluation.suites if stage.evaluation else {}
-        self.benchmarks = [stack.enter_context(Benchmark(name, suite, model, ctx.seed)) for name, suite in suites.items()]
+        self.benchmarks = [
+            stack.enter_context(Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges)) for name, suite in suites.items()
+        ]
         self.engine: Engine = open_engine(ctx.recipe.rollout, model.path)
         stack.callback(self.engine.close)
         with model.open() as reader:

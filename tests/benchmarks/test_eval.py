@@ -131,8 +131,19 @@ def test_a_tiny_model_really_answers(byte_model: Path, tmp_path: Path) -> None:
         for i in (1, 3)
     ]
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["eval", str(byte_model), "--suite", "math_500", "--data", str(tmp_path / "math.jsonl"), "--json", str(tmp_path / "m.json")]
-    execute(["-m", "r1mega.cli", *arguments, "k=2", "judges=1", "sampling.max_new_tokens=6"])
+    arguments = [
+        "eval",
+        str(byte_model),
+        "--suite",
+        "math_500",
+        "--data",
+        str(tmp_path / "math.jsonl"),
+        "--json",
+        str(tmp_path / "m.json"),
+        "--judges",
+        "2",
+    ]
+    execute(["-m", "r1mega.cli", *arguments, "k=2", "sampling.max_new_tokens=6"])
     metrics = json.loads((tmp_path / "m.json").read_text())
     assert (metrics["pass@1"]["value"], metrics["k"], metrics["n_prompts"], metrics["truncated"]) == (0.0, 2, 2, 1.0)
     assert metrics["suite"]["sampling"] == "temperature 0.6, top_p 0.95, max_new_tokens 6"
