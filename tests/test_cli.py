@@ -15,7 +15,7 @@ V3 = ROOT / "configs/deepseek_v3"
 
 def test_explain_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", "grpo.objective.clip"]) == 0
-    assert capsys.readouterr().out.startswith("grpo.objective.clip: number > 0; default 10.0")
+    assert capsys.readouterr().out.startswith("grpo.objective.clip: number or schedule; default 10.0")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,9 @@ def check(recipe: Recipe, source: str, inputs: bool = True) -> None:
     Without `inputs`, files and folders of the recipe need not be on this machine.
     """
     _check_names(recipe, source)
+    twice = recipe.models.keys() & recipe.stages.keys()
+    if twice:
+        raise UserError(f"{source}: {min(twice)!r} names a folder below 'models' and a stage; give one of them another name")
     for index, (name, stage) in enumerate(recipe.stages.items()):
         earlier = list(recipe.stages)[:index]
         for path, mark, value in tree.marked(stage, PathMark, f"stages.{name}"):

@@ -83,7 +83,7 @@ class Grpo(StageBase):
     )
     difficulty: str = Field("level", description="field of the prompts that says how hard they are, for the pass rate by difficulty")
     measures: dict[str, RewardFunction] = Field(
-        default_factory=lambda: {"reflection": "r1mega.rewards.reflection:words", "language": "r1mega.rewards.language:consistency"},
+        default_factory=lambda: {"reflection": "r1mega.rewards.reflection:words", "language": "r1mega.rewards.language:share"},
         description="what else is logged of every update's responses: name -> import path of `f(prompt, response) -> float`",
     )
     not_judged_limit: float = Field(0.01, ge=0, le=1, description="the run stops when a larger share of an update's rewards is not judged")

@@ -15,7 +15,7 @@ import numpy as np
 from r1mega.data.ngrams import ngram_hashes
 from r1mega.data.prompts import Prompt
 from r1mega.rewards import format, language
-from r1mega.rewards.answer import after_thought, thought
+from r1mega.rewards.answer import thought
 
 Reason = Literal["truncated", "wrong_format", "code_in_thought", "long_paragraph", "repetition", "mixed_language"]
 REASONS: Final[tuple[Reason, ...]] = ("truncated", "wrong_format", "code_in_thought", "long_paragraph", "repetition", "mixed_language")
@@ -27,6 +27,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 # Brackets and signs of LaTeX's grammar are left out, or most of a formula's n-grams would be punctuation.
 _SYMBOL = re.compile(rf"\\[A-Za-z]{{1,16}}|[{_CJK}]|[^\W_{_CJK}]{{1,16}}|[^\w\s{{}}()\[\]$^\\,_]")
 _NGRAM = 10
+_FORMATS: Final = {"think": format.think, "tags": format.tags}
 _SMALLEST_WINDOW = 200
 
 
@@ -54,7 +55,7 @@ class Filters:
         text = thought(response) or ""
         if finish == "length" and not self.truncated:
             return "truncated"
-        if self.format is not None and not _has_format(prompt, response, self.format):
+        if self.format is not None and not _FORMATS[self.format](prompt, response):
             return "wrong_format"
         if not self.code_in_thought and has_code(text):
             return "code_in_thought"
@@ -95,16 +96,3 @@ def repetition(text: str) -> float:
         if size >= len(hashes):
             return largest
         size *= 2
-
-
-def _has_format(prompt: Prompt, response: str, required: Literal["think", "tags"]) -> bool:
-    if required == "tags":
-        return format.tags(prompt, response) == 1.0
-    before, opened, _ = response.partition("<think>")
-    return (
-        response.count("</think>") == 1
-        and response.count("<think>") <= 1
-        and not (opened and before.strip())
-        and bool((thought(response) or "").strip())
-        and bool(after_thought(response).strip())
-    )

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from r1mega.weights.architecture import Architecture
 
 
-def check_references(recipe: Recipe, folder: Path) -> None:
+def check_references(recipe: Recipe, folder: Path, inputs: bool = True) -> list[str]:
     """Import every function a recipe names, from installed modules or from its folder; find every model; fit every layout to its model.
+
+    Without `inputs`, files and folders that are not on this machine are returned, each with the first key that names it, instead of refused; layouts are
+    held against every model whose `config.json` is here.
 
     Raises:
         UserError: names the key, and what is wrong with the function, the folder or the layout.
@@ -36,18 +39,36 @@ def check_references(recipe: Recipe, folder: Path) -> None:
             load_function(value, [folder], function.arguments, function.called)
         except UserError as error:
             raise UserError(f"'{path}': {error}") from None
+    missing: dict[str, str] = {}
     for path, mark, value in marked(recipe, PathMark):
-        if mark.what in ("model", "reward_model") and value not in recipe.stages:
-            check_model(Path(value), f"'{path}'")
-        elif mark.what == "dataset" and value not in recipe.stages:
-            check_dataset(Path(value), f"'{path}'")
-        elif path.endswith(".architecture") and not (Path(value) / "config.json").is_file():
+        if mark.names_stage and value in recipe.stages:
+            continue
+        try:
+            _check_path(mark, path, Path(value))
+        except UserError:
+            if inputs:
+                raise
+            missing.setdefault(value, path)
+    check_layouts(recipe, inputs)
+    return [f"{value} ({path})" for value, path in missing.items()]
+
+
+def _check_path(mark: PathMark, path: str, value: Path) -> None:
+    if mark.what in ("model", "reward_model"):
+        check_model(value, f"'{path}'")
+    elif mark.what == "dataset":
+        check_dataset(value, f"'{path}'")
+    elif path.endswith(".architecture"):
+        if not (value / "config.json").is_file():
             raise UserError(f"'{path}': {value} has no config.json")
-    check_layouts(recipe)
+    elif not value.exists():
+        raise UserError(f"'{path}': no file or folder {value}")
 
 
-def check_layouts(recipe: Recipe) -> None:
+def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
     """Check the layout of every training stage against the `config.json` of its model, and what this platform can train.
+
+    Without `inputs`, models whose `config.json` is not here are passed over.
 
     Raises:
         UserError: names the stage and the numbers that do not fit.
@@ -57,8 +78,11 @@ def check_layouts(recipe: Recipe) -> None:
     for name, stage in recipe.stages.items():
         try:
             for key, reference in models_of(stage):
-                arch = Architecture.from_hf(read_config(origin(recipe, reference)))
-                if key == "model" or key == "architecture":
+                folder = origin(recipe, reference)
+                if not inputs and not (folder / "config.json").is_file():
+                    continue
+                arch = Architecture.from_hf(read_config(folder))
+                if key in ("model", "architecture"):
                     _check_layout(recipe, stage, arch)
                 if isinstance(stage, Grpo):
                     for reward in stage.reward_models.values():
@@ -85,7 +109,7 @@ def _check_layout(recipe: Recipe, stage: Stage, arch: "Architecture") -> None:
 def _check_shapes(policy: "Architecture", reward_model: "Architecture", reference: str) -> None:
     if policy.scored() != reward_model.scored():
         raise UserError(
-            f"the reward model {reference!r} is scored on the policy's model and must have its shapes; train it from a model like the policy"
+            f"the reward model {reference!r} is scored on the policy's model and must have its shapes; train it from one like it"
         )
 
 
