@@ -279,8 +279,10 @@ def _fault(sandbox: Sandbox, prefixes: Sequence[str]) -> str | None:
     }
     try:
         outcome = sandbox.run([sandbox.python, "-I", "-c", _PROBE, json.dumps(asked)], limits=Limits(wall_s=30))
-    except (SandboxError, OSError) as error:  # OSError: this user cannot become another, or may not run bwrap
+    except SandboxError as error:
         return str(error)
+    except OSError as error:  # root of a namespace without other users, or a bwrap that only its owner may run
+        return f"bwrap cannot be started{f' as user {_NOBODY}' if os.geteuid() == 0 else ''}: {error.strerror}"
     said = outcome.stdout.decode(errors="replace").strip()
     return None if said == "isolated" else said or _last_line(outcome.stderr) or f"the probe ended with {outcome.code}"
 
