@@ -90,8 +90,12 @@ def source(data: Path) -> FilePreferences:
 def scores_of(folder: Path, ids: list[tuple[int, ...]]) -> list[float]:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(model).__name__ == "DeepseekV3ForSequenceClassification" and model.num_labels == 1
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in ids], batch_first=True)
     with torch.no_grad():
-        return [model(torch.tensor([sequence])).logits.item() for sequence in ids]
+        alone = [model(torch.tensor([sequence])).logits.item() for sequence in ids]
+        together = model(padded, attention_mask=(padded != 0).long()).logits[:, 0]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5) and model.config.pad_token_id == 0
+    return alone
 
 
 def test_pairs_are_learnt_and_the_artifact_is_what_transformers_opens(data: Path, tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
         }  # fmt: skip
 
     row = run_updates(ctx, policy, updates, stage.save_every, step)
-    weights, dtype = policy.exchange.gather(getattr(torch, stage.train.dtype)), getattr(torch, stage.export_dtype)
-    shipped = {name: weight.to(dtype) for name, weight in weights.items()}
+    dtype = getattr(torch, stage.export_dtype)
+    shipped = policy.exchange.gather(dtype)
     measured = _measure(stage, policy, test, shipped, ctx.seed)
     with ctx.artifact() as folder:
         if ctx.rank == 0:
