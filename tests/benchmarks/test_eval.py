@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SANDBOXED = shutil.which("bwrap") is not None
 
 GPQA = {
     "Question": "Which gas?",
@@ -60,6 +63,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory, byte_model: Path) -> Path:
     return folder
 
 
+def programs(folder: Path) -> dict[str, Any]:
+    """What is said to rows of LiveCodeBench and Codeforces, and further arguments."""
+
+    def python(*programs: str) -> list[str]:
+        return [f"<think>hm</think>\n```python\n{program}\n```" for program in programs]
+
+    people = [{"rating": rating, "points": points, "penalty": 0} for rating, points in ((1200, 0), (1500, 500), (1800, 1500), (2100, 3000))]
+    problems = [{"index": "A", "points": 500}, {"index": "B", "points": 1000}, {"index": "C", "points": 1500}]
+    (folder / "contests.json").write_text(json.dumps([{"contest_id": "9001", "problems": problems, "participants": people}]))
+    (folder / "humans.json").write_text(json.dumps({"1000": 8, "2000": 2}))
+    right = "n, k = map(int, input().split())\nprint(sum(x for x in map(int, input().split()) if x > k))"
+    ratings = [f"rating.contests={folder / 'contests.json'}", f"rating.humans={folder / 'humans.json'}"]
+    cake = python("w, n = map(int, input().split())\nprint(w / n)")
+    return {
+        "livecodebench": ({"A gauge": python(right, "print(7)", "while 1: pass", right)}, "k=4"),
+        "codeforces": (
+            {"A cake": cake, "sum of two": python("print(int(input()) - 1, 1)"), "n even": python("print('NO')")},
+            *ratings,
+            "k=2",
+        ),
+    }
+
+
 @pytest.fixture(scope="module")
 def results(folder: Path, byte_model: Path) -> dict[str, dict[str, Any]]:
     """All evaluations in one process with an engine that says what it is told."""
@@ -76,15 +102,17 @@ def results(folder: Path, byte_model: Path) -> dict[str, dict[str, Any]]:
         "opened": job(opened, folder / "opens", "aime_2024", "one.jsonl", "--samples", "2"),
         "ifeval": job({"First.": ["a, b"], "Second.": ['Sure, so:\n"<<a>> b"']}, byte_model, "ifeval", "ifeval.jsonl"),
     }
+    if SANDBOXED:
+        jobs |= {name: job(said, byte_model, name, str(HERE / f"{name}.jsonl"), *more) for name, (said, *more) in programs(folder).items()}
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    script = [str(Path(__file__).with_name("scripted_eval.py")), str(folder / "jobs.json"), str(folder / "results.json")]
+    script = [str(HERE / "scripted_eval.py"), str(folder / "jobs.json"), str(folder / "results.json")]
     execute(script)
     return dict(zip(jobs, json.loads((folder / "results.json").read_text()), strict=True))
 
 
 def execute(arguments: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -123,6 +151,17 @@ def test_ifeval_by_prompt_and_by_instruction(results: dict[str, Any]) -> None:
     # Of four instructions one is followed, and three by the second response without its first line.
     assert values == {"pass@1": 0.0, "prompt_loose": 0.5, "instruction_strict": 0.25, "instruction_loose": 0.75}
     assert not any(name.startswith("cons@") for name in metrics)
+
+
+@pytest.mark.skipif(not SANDBOXED, reason="needs bubblewrap")
+def test_programs_are_run_and_rated(results: dict[str, Any]) -> None:
+    metrics, asked = results["livecodebench"]["metrics"], results["livecodebench"]["asked"]
+    assert len(asked) == 4  # the second row's contest is after the window
+    assert (metrics["pass@1"]["value"], metrics["pass@4"]["value"], metrics["not_judged"]) == (0.5, 1.0, 0.0)
+    metrics = results["codeforces"]["metrics"]
+    assert (metrics["pass@1"]["value"], metrics["n_prompts"], "cons@2" in metrics) == (pytest.approx(2 / 3), 3, False)
+    # 1,500 points are as good as the second of four, who had 1800.
+    assert 1500 < metrics["rating"]["value"] < 2100 and metrics["percentile"]["value"] == 80.0
 
 
 def test_a_tiny_model_really_answers(byte_model: Path, tmp_path: Path) -> None:
