@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from r1mega.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -20,6 +22,14 @@ def ranks() -> Ranks:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
+
+
+def secret(variable: str) -> str:
+    """The value of an environment variable that is never to be written anywhere. UserError where it is not set."""
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise UserError(f"the environment variable {variable}, which the recipe names for an API key, is not set; export it")
+    return value
 
 
 def for_ranks(threads_per_rank: int, platform: str) -> dict[str, str]:

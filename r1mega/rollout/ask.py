@@ -48,7 +48,7 @@ def ask(
     Responses depend on `seed`, the question's id and the number of the sample alone, not on the ranks or on what else is asked.
     """
     requests = [
-        Request(question.ids, _seed(f"{seed}/{question.prompt.id}/{index}"), max_new_tokens)
+        Request(question.ids, sample_seed(f"{seed}/{question.prompt.id}/{index}"), max_new_tokens)
         for question in ranks.dealt(questions)
         for index in range(k)
     ]
@@ -68,5 +68,6 @@ def _opened(question: Question, tokenizer: "PreTrainedTokenizerBase") -> str:
     return end[end.rindex(_THINK) :] if end.rstrip().endswith(_THINK) else ""
 
 
-def _seed(text: str) -> int:
+def sample_seed(text: str) -> int:
+    """63 random bits that are a function of the text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1

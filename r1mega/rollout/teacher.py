@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from r1mega.config.base import at
 from r1mega.config.rollout import Sampling
@@ -16,9 +16,10 @@ class Answer:
     """One response. `ids` are its tokens, stop token included, None where the server gives text only."""
 
     text: str
-    finish: str
-    """"stop", or "length" when it was cut."""
+    finish: Literal["stop", "length", "failed"]
+    """length: it was cut; failed: the server gave none, for which `error` says why."""
     ids: tuple[int, ...] | None = None
+    error: str | None = None
 
 
 class Teacher(Protocol):

@@ -6,7 +6,7 @@ Every chunk of prompts that is done is a line of `ledger.jsonl`; a stage that wa
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from r1mega.config.base import largest
-from r1mega.config.rollout import Reward
+from r1mega.config.rollout import Reward, Sampling
 from r1mega.config.stages import Rejection
 from r1mega.data.chats import write_dataset
 from r1mega.data.decontamination import Contamination
@@ -28,11 +28,15 @@ from r1mega.errors import UserError
 from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.rewards import agreement
 from r1mega.rewards.imports import load_function
 from r1mega.rewards.judge import Judge
 from r1mega.rollout.ask import Question
 from r1mega.rollout.open import open_endpoint, open_engine
 from r1mega.rollout.teacher import Answer, EngineTeacher, Teacher
+
+_OPINION = Sampling(temperature=0.0, max_new_tokens=8192)
+"""How a judge model is asked; the room is for those that think before they say their word."""
 
 Row = dict[str, Any]
 """One kept sample as it is written: `messages`, and what made it."""
@@ -126,6 +130,14 @@ class _Ledger:
             os.fsync(file.fileno())
 
 
+@dataclass(frozen=True)
+class _Opinion:
+    """Whether a sample is right; None, and why, where that could not be judged."""
+
+    right: bool | None
+    reason: str = ""
+
+
 class _Sampler:
     """Answers to a chunk of questions, and which of them are kept."""
 
@@ -134,40 +146,69 @@ class _Sampler:
         settings = stage.filters.model_dump(exclude={"language"})
         self.filters = Filters(**settings, share=load_function(stage.filters.language))
         self.rewrite: Callable[[Prompt, str], str | None] | None = load_function(stage.rewrite) if stage.rewrite else None
+        self.referee = open_endpoint(stage.judge_endpoint, _OPINION) if stage.judge_endpoint else None
         self.judge: Judge | None = None
         if stage.judge is not None and dist.get_rank() == 0:
             self.judge = stack.enter_context(Judge({"judge": Reward(function=stage.judge)}, ctx.recipe.run.judges))
 
     def sample(self, questions: Sequence[Question], index: int) -> _Done:
         """Ask the questions and keep what is correct and readable; the same on every rank."""
-        groups = self.teacher.answer(questions, self.stage.k, f"{self.ctx.seed}/{self.ctx.name}/{index}")
-        correct = ranks.shared(lambda: self._correct(questions, groups, index))
+        seed = f"{self.ctx.seed}/{self.ctx.name}/{index}"
+        groups = self.teacher.answer(questions, self.stage.k, seed)
+        samples = [(question.prompt, answer) for question, group in zip(questions, groups, strict=True) for answer in group]
+        self._check_share("were not answered", [answer.error for _, answer in samples if answer.finish == "failed"], len(samples), index)
+        opinions = ranks.shared(lambda: self._judged(samples))
+        if self.referee is not None:
+            opinions = self._refereed(self.referee, samples, opinions, f"{seed}/judge")
+        unknown = [
+            one.reason for (_, answer), one in zip(samples, opinions, strict=True) if one.right is None and answer.finish != "failed"
+        ]
+        self._check_share("could not be judged", unknown, len(samples), index)
+        verdicts = [one.right for one in opinions]
+        correct = [verdicts[start : start + self.stage.k] for start in range(0, len(verdicts), self.stage.k)]
         done = ranks.collected([self._kept(*one) for one in ranks.dealt(list(zip(questions, groups, correct, strict=True)))])
         totals = sum((Counter(one.counts) for one in done), Counter[str]())
         return _Done([row for one in done for row in one.rows], dict(totals))
 
-    def _correct(self, questions: Sequence[Question], groups: Sequence[Sequence[Answer]], index: int) -> list[list[bool | None]]:
-        """Whether each answer is right, None where that could not be judged."""
-        if self.judge is None:
-            return [[True] * len(group) for group in groups]
-        verdicts = self.judge.judge([(q.prompt, answer.text) for q, group in zip(questions, groups, strict=True) for answer in group])
-        found = [verdict["judge"] for verdict in verdicts]
-        failed = [verdict.reason for verdict in found if verdict.value is None]
-        if len(failed) > self.stage.not_judged_limit * len(found):
+    def _check_share(self, what: str, reasons: Sequence[str | None], total: int, index: int) -> None:
+        """UserError where more of the samples are lost than may be. What is in the ledger stays there."""
+        if len(reasons) > self.stage.not_judged_limit * total:
             raise UserError(
-                f"stage {self.ctx.name}, chunk {index + 1}: {len(failed) / len(found):.1%} of the samples could not be judged, more than "
-                f"not_judged_limit={self.stage.not_judged_limit:g}; first reason: {failed[0]}"
+                f"stage {self.ctx.name}, chunk {index + 1}: {len(reasons) / total:.1%} of the samples {what}, more than "
+                f"not_judged_limit={self.stage.not_judged_limit:g}; first reason: {reasons[0]}"
             )
-        flat: Iterator[bool | None] = (None if verdict.value is None else verdict.value > 0.5 for verdict in found)
-        return [[next(flat) for _ in group] for group in groups]
+
+    def _judged(self, samples: Sequence[tuple[Prompt, Answer]]) -> list[_Opinion]:
+        """What the judge function says; called on rank 0. Without one all samples are right, unless a model is to judge them."""
+        if self.judge is None:
+            return [_Opinion(None, "it has no reference answer") if self.referee else _Opinion(True)] * len(samples)
+        verdicts = [found["judge"] for found in self.judge.judge([(prompt, answer.text) for prompt, answer in samples])]
+        return [_Opinion(None if found.value is None else found.value > 0.5, found.reason or "") for found in verdicts]
+
+    def _refereed(
+        self, referee: Teacher, samples: Sequence[tuple[Prompt, Answer]], opinions: Sequence[_Opinion], seed: str
+    ) -> list[_Opinion]:
+        """The opinions, with a judge model's where there was none and there is a reference to compare with."""
+        found, asked = list(opinions), dict[int, Question]()
+        for place, (prompt, answer) in enumerate(samples):
+            if found[place].right is not None or answer.finish == "failed" or prompt.answer is None:
+                continue
+            request = agreement.request(prompt, answer.text)
+            if request is None:
+                found[place] = _Opinion(False)
+            else:
+                asked[place] = Question(Prompt(f"{prompt.id}/{place}", request), ())
+        for place, (reply,) in zip(asked, referee.answer(list(asked.values()), 1, seed), strict=True):
+            reason = f"the judge endpoint {reply.error or f'said {reply.text[-80:]!r}'}"
+            found[place] = _Opinion(agreement.verdict(reply.text), reason)
+        return found
 
     def _kept(self, question: Question, answers: Sequence[Answer], correct: Sequence[bool | None]) -> _Done:
         """Of one prompt's answers the first that pass, at most `keep`."""
         rows: list[Row] = []
         counts = Counter(samples=len(answers))
         for answer, right in zip(answers, correct, strict=True):
-            reason = None if right else ("not_judged" if right is None else "wrong")
-            reason = reason or self.filters.reason(question.prompt, answer.text, answer.finish)
+            reason = _rejected(answer, right) or self.filters.reason(question.prompt, answer.text, answer.finish)
             if reason is None and len(rows) == self.stage.keep:
                 reason = "enough_of_this_prompt"
             text = answer.text if reason is not None or self.rewrite is None else self.rewrite(question.prompt, answer.text)
@@ -178,6 +219,14 @@ class _Sampler:
                 continue
             rows.append(_row(question.prompt, answer, str(text)))
         return _Done(rows, dict(counts))
+
+
+def _rejected(answer: Answer, right: bool | None) -> str | None:
+    if answer.finish == "failed":
+        return "not_answered"
+    if right is None:
+        return "not_judged"
+    return None if right else "wrong"
 
 
 def _row(prompt: Prompt, answer: Answer, text: str) -> Row:
