@@ -22,6 +22,12 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 _LONGEST_ANSWER = 1_000
 """Characters. A longer answer is wrong unless it repeats the reference; no formula that a reference states is as long."""
 
+_SURELY_DIFFERENT = 1e-3
+"""Relative to the larger of two numbers: far above what any comparison forgives."""
+
+_LARGEST_NUMBER = 1e100
+"""Beyond it differences overflow."""
+
 _DEEPEST_ANSWER = 12
 """Brackets inside one another. The parser's time grows fast with them, and a policy that falls into a loop writes hundreds."""
 
@@ -81,7 +87,25 @@ def same(answer: str, other: str) -> bool:
 
     As `equivalent`, it may run for ever. Answers that are no formulas are one vote only when they are the same.
     """
-    return answer == other or _answers(answer, other) or _answers(other, answer)
+    if answer == other:
+        return True
+    first, second = _number(answer), _number(other)
+    # Most pairs are two numbers that differ, of which math-verify would try to simplify the difference.
+    if first is not None and second is not None and abs(first - second) > _SURELY_DIFFERENT * max(1.0, abs(first), abs(second)):
+        return False
+    return _answers(answer, other) or _answers(other, answer)
+
+
+def _number(answer: str) -> complex | None:
+    """The number that a formula is, None for any other and for a per cent, which is two."""
+    if "%" in answer or _depth(answer) > _DEEPEST_ANSWER:
+        return None
+    try:
+        reading = next((reading for reading in _parse(_plain(answer)) if not isinstance(reading, str)), None)
+        number = complex(reading) if getattr(reading, "is_number", False) else None
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return number if number is not None and max(abs(number.real), abs(number.imag)) < _LARGEST_NUMBER else None
 
 
 def _answers(reference: str, answer: str) -> bool:
