@@ -114,9 +114,7 @@ class RewardModel:
         """
         arch = reward_architecture(folder, policy.arch)
         shared = {tensor.name for tensor in canonical(arch)}
-        placed = [
-            local for local in policy.exchange.placed if local.pieces and all(piece.tensor in shared for piece in local.pieces)
-        ]  # fmt: skip
+        placed = [local for local in policy.exchange.placed if local.pieces and all(piece.tensor in shared for piece in local.pieces)]
         held = {(local.chunk, local.name): policy.weights[local.chunk, local.name] for local in placed}
         host = {key: torch.empty_like(weight, device="cpu", requires_grad=False) for key, weight in held.items()}
         with Reader(folder) as reader:
