@@ -101,11 +101,10 @@ def _number(answer: str) -> complex | None:
     if "%" in answer or _depth(answer) > _DEEPEST_ANSWER:
         return None
     try:
-        reading = next((reading for reading in _parse(_plain(answer)) if not isinstance(reading, str)), None)
-        number = complex(reading) if getattr(reading, "is_number", False) else None
+        numbers = [complex(reading) for reading in _parse(_plain(answer)) if getattr(reading, "is_number", False)]
     except (ValueError, TypeError, OverflowError):
         return None
-    return number if number is not None and max(abs(number.real), abs(number.imag)) < _LARGEST_NUMBER else None
+    return numbers[0] if numbers and max(abs(numbers[0].real), abs(numbers[0].imag)) < _LARGEST_NUMBER else None
 
 
 def _answers(reference: str, answer: str) -> bool:
