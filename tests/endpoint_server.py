@@ -55,7 +55,7 @@ def serving(reply: Callable[[dict[str, Any], int], Reply], probe: Reply | None =
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["content-length"])))
             with server.lock:
                 server.keys.add(self.headers["authorization"])
@@ -69,7 +69,7 @@ def serving(reply: Callable[[dict[str, Any], int], Reply], probe: Reply | None =
                 with server.lock:
                     server.busy -= 1
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._send(Reply(body={"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "us"}]}))
 
         def _found(self, request: dict[str, Any]) -> Reply:

@@ -156,7 +156,7 @@ def test_a_wrong_key_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UserError, match=r"a request without one; name its endpoint.key_variable"):
             teacher(server, key_variable=None)
         monkeypatch.setenv("TEACHER_KEY", " ")
-        with pytest.raises(UserError, match="the environment variable TEACHER_KEY, .* is not set; export it"):
+        with pytest.raises(UserError, match=r"the environment variable TEACHER_KEY, .* is not set; export it"):
             teacher(server)
         assert server.requests == []
 

@@ -145,7 +145,7 @@ def test_answers_that_were_not_given_are_counted_or_stop_the_stage(tmp_path: Pat
         with pytest.raises(UserError, match=reason):
             run(tmp_path / "run", path)
         assert (tmp_path / "run/stages/01-teach/ledger.jsonl").read_text().count("\n") == 3
-        summary, artifact = run(tmp_path / "lenient", recipe(tmp_path, server, not_judged_limit=0.3))
+        summary, _ = run(tmp_path / "lenient", recipe(tmp_path, server, not_judged_limit=0.3))
     assert summary["dropped/not_answered"] == 2 and summary["kept"] == 19 and summary["samples"] == 40
     assert KEY not in everything_written(tmp_path / "run") + everything_written(tmp_path / "lenient")
 

@@ -15,11 +15,11 @@ from r1mega.errors import UserError
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One training sequence of n tokens. Every tensor is [n] and aligned with `tokens`: element i says something about token i.
+    """One training sequence of n tokens. Every tensor is aligned with `tokens`: element i says something about token i.
 
-    `tokens` int64. `weights` float32, the loss weight of predicting token i; 0 for prompt tokens. `extras` float32, further values
-    of token i, such as its advantage or its old log-prob; 0 where there is none. Nothing predicts token 0: its weight and extras
-    are ignored.
+    `tokens` int64 [n]. `weights` float32 [n], the loss weight of predicting token i; 0 for prompt tokens. `extras` [n, ...] of any dtype,
+    further values of token i, such as its advantage or its old log-prob; 0 where there is none. Nothing predicts token 0: its weight and
+    extras are ignored.
     """
 
     tokens: Tensor
@@ -55,7 +55,7 @@ class PackedBatch:
     sequences: tuple[int, ...]
     """n indices into the caller's list; -1 for the tail."""
     extras: Mapping[str, Tensor]
-    """[T] float32 each, the sequences' extras."""
+    """[T, ...] each, the sequences' extras in their dtype."""
 
     @property
     def ends(self) -> Tensor:
@@ -157,16 +157,16 @@ def pack(sequences: Sequence[TokenSequence], indices: Sequence[int], pad_to: int
     inside = torch.from_numpy(offsets)  # position of each token inside its sequence
     slots = torch.from_numpy(offsets + np.repeat(cu_seqlens[: len(lengths)], lengths))  # position of each token inside the chunk
 
-    def place(values: list[Tensor], shift: int, dtype: torch.dtype) -> Tensor:
+    def place(values: list[Tensor], shift: int, dtype: torch.dtype, each: tuple[int, ...] = ()) -> Tensor:
         """Values of all tokens, each `shift` positions before its token; the first `shift` of a sequence are left out."""
-        out = torch.zeros(total, dtype=dtype)
+        out = torch.zeros(total, *each, dtype=dtype)
         if values:
             kept = inside >= shift
             out[slots[kept] - shift] = torch.cat(values)[kept].to(dtype)
         return out
 
     tokens, weights = [s.tokens for s in chosen], [s.weights for s in chosen]
-    names = tuple(sequences[0].extras) if sequences else ()
+    kinds = {name: (values.dtype, values.shape[1:]) for name, values in sequences[0].extras.items()} if sequences else {}
     return PackedBatch(
         tokens=place(tokens, 0, torch.int64),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))),
@@ -177,7 +177,7 @@ def pack(sequences: Sequence[TokenSequence], indices: Sequence[int], pad_to: int
         cu_seqlens=torch.from_numpy(cu_seqlens).int(),
         lengths=(*lengths.tolist(), *([0] if has_tail else [])),
         sequences=(*indices, *([-1] if has_tail else [])),
-        extras={name: place([s.extras[name] for s in chosen], 1, torch.float32) for name in names},
+        extras={name: place([s.extras[name] for s in chosen], 1, dtype, each) for name, (dtype, each) in kinds.items()},
     )
 
 

@@ -261,16 +261,24 @@ class Policy:
         """Of the last stage's hidden states those that the head reads, without the MTP layer's."""
         return hidden.chunk(2)[0] if self.config.mtp_num_layers else hidden
 
+    def listed_logprobs(self, hidden: Tensor, labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [tokens, k] of the labels [tokens, k] and of everything else [tokens], 0 where not wanted; see `head.listed_logprobs`.
+
+        For losses of `descend`: `hidden` is what `trunk` returns, on the last pipeline stage.
+        """
+        rows = wanted.nonzero()[:, 0]
+        states, weight = self._head_inputs(hidden, rows)
+        logprobs, rest = head.listed_logprobs(
+            states, weight, labels[rows], vocab=self.arch.vocab, chunk=self.train.logprob_chunk, tp_group=self._tp_group
+        )
+        return logprobs.new_zeros(labels.shape).index_copy(0, rows, logprobs), rest.new_zeros(labels.shape[0]).index_copy(0, rows, rest)
+
     def _head(self, hidden: Tensor, labels: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [tokens] of the wanted labels, 0 elsewhere: prompt tokens never meet the vocabulary."""
-        last = self.chunks[-1]
-        if self.layout.tp > 1:
-            # The backward is a reduce-scatter: each rank's vocabulary shard adds its part of the gradient.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self._tp_group)
-        weight = last.shared_embedding_or_output_weight() if self.arch.tied else last.output_layer.weight
         rows = wanted.nonzero()[:, 0]
+        states, weight = self._head_inputs(hidden, rows)
         logprobs, entropies = head.token_logprobs(
-            hidden.squeeze(1).index_select(0, rows),
+            states,
             weight,
             labels[rows],
             vocab=self.arch.vocab,
@@ -280,6 +288,15 @@ class Policy:
         )
         blank = logprobs.new_zeros(labels.shape)
         return blank.index_copy(0, rows, logprobs), blank.index_copy(0, rows, entropies)
+
+    def _head_inputs(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of some tokens, the same on every tensor-parallel rank, and this rank's shard of the output embedding."""
+        last = self.chunks[-1]
+        if self.layout.tp > 1:
+            # The backward is a reduce-scatter: each rank's vocabulary shard adds its part of the gradient.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self._tp_group)
+        weight = last.shared_embedding_or_output_weight() if self.arch.tied else last.output_layer.weight
+        return hidden.squeeze(1).index_select(0, rows), weight
 
     def run(
         self, batches: Sequence[LocalBatch], finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], forward_only: bool

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from r1mega.data.prompts import Prompt
 from r1mega.pipeline import ranks
-from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams
+from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams, Scores, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +60,14 @@ def ask(
         [Response(sample, opened + next(each)) for sample in group]
         for opened, group in zip((_opened(question, tokenizer) for question in questions), groups, strict=True)
     ]
+
+
+def scores(engine: Engine, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
+    """What the engine makes of the sequences, spread over the ranks, in order, the same on every rank.
+
+    Every rank gets all of it: 4 bytes a token, and 12 bytes more for each of its `top_k`.
+    """
+    return ranks.collected(engine.score(ranks.dealt(scorings), top_k))
 
 
 def _opened(question: Question, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -131,6 +131,16 @@ class Prefill:
         return out.transpose(1, 2)
 
 
+class Whole(Prefill):
+    """Left-padded sequences [p, s] of `lengths` [p] that are read once and not continued: no keys and values are kept."""
+
+    def __init__(self, cache: RowCache, lengths: Tensor) -> None:
+        super().__init__(cache, 0, torch.arange(len(lengths)), lengths)
+
+    def _keep(self, layer: int, new: tuple[Tensor, ...]) -> None:
+        pass
+
+
 class Decode:
     """One new token in each of the first n rows, which hold `lengths` [n] tokens, the new one included."""
 

@@ -44,6 +44,26 @@ class Sample:
     weight_version: int
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """A sequence that is to be scored: the tokens `ids[start:]`, each given all before it. `start` is at least 1."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of the n = len(ids) - start scored tokens. Log-probs are natural and of the full softmax at temperature 1."""
+
+    logprobs: Tensor
+    """float32 [n], of the tokens themselves."""
+    top_ids: Tensor
+    """int64 [n, k], the k most likely tokens in each place, the likeliest first."""
+    top_logprobs: Tensor
+    """float32 [n, k]."""
+
+
 class Engine(Protocol):
     """Anything that turns token ids into token ids."""
 
@@ -52,6 +72,12 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order."""
+
+    def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
+        """Score given sequences, in order, without drawing anything. `top_k` may be 0.
+
+        A server scores as it reads a prompt: SGLang's `return_logprob` with `logprob_start_len` and `top_logprobs_num`.
+        """
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from r1mega.errors import UserError
 from r1mega.rollout.cache import Decode, Pass, Prefill, RowCache
-from r1mega.rollout.engine import Request, Sample, SamplingParams
+from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
 from r1mega.rollout.hf import build, weight_places
 from r1mega.rollout.sampling import draw, uniforms
+from r1mega.rollout.score import score
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass at most, padding included (a single prompt may be longer)."""
@@ -72,6 +73,13 @@ class LocalEngine:
         if not requests:
             return []
         return _Flight(self._model, requests, sampling, self._max_batch).run(self._version)
+
+    @torch.inference_mode()
+    def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
+        """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
+        if self._version is None:
+            raise UserError("the rollout engine has no weights; load some before scoring")
+        return score(self._model, scorings, top_k, pass_tokens=PREFILL_TOKENS, pass_logits=LOGITS)
 
     def close(self) -> None:
         """Free the model; the engine is of no use afterwards."""
