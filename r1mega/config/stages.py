@@ -224,7 +224,12 @@ class Distill(StageBase):
     prompts: PromptSet | None = Field(None, description="questions that the student answers (on_policy)")
     data: dict[str, Chats] = Field(default_factory=dict, description="conversations by name (logits)")
     template: Literal["none", "r1_zero", "chat"] = Field("chat", description="how conversations become tokens (logits)")
-    top_k: int = Field(64, ge=1, description="most likely tokens of the teacher at each position (logits)")
+    too_long: Literal["refuse", "drop"] = Field(
+        "drop", description="what happens to conversations of more than train.chunk_tokens tokens (logits)"
+    )
+    top_k: int = Field(
+        64, ge=1, description="most likely tokens of the teacher at each position, beside which all others count as one (logits)"
+    )
     updates: int = Field(ge=1, description="optimizer steps in all")
     batch: int = Field(64, ge=1, description="responses, or conversations, of one optimizer step")
     samples_per_prompt: int = Field(4, ge=1, description="responses per question (on_policy)")
@@ -241,6 +246,16 @@ class Distill(StageBase):
             raise ValueError("method on_policy needs prompts")
         if self.method == "logits" and not self.data:
             raise ValueError("method logits needs data")
+        return self
+
+    @model_validator(mode="after")
+    def _divergence_is_defined(self) -> "Distill":
+        if self.method == "on_policy" and (self.sampling.temperature != 1 or self.sampling.top_p != 1):
+            raise ValueError("method on_policy compares the student with the teacher as they are: sampling.temperature and top_p must be 1")
+        if self.method == "on_policy" and self.batch % self.samples_per_prompt:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt} does not divide batch={self.batch}")
+        if self.train.mtp_loss:
+            raise ValueError("distillation does not train multi-token prediction: train.mtp_loss must be 0")
         return self
 
 

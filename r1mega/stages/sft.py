@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1mega.config.stages import Sft
+from r1mega.config.stages import Distill, Sft
 from r1mega.data.chats import Conversation, read_chats
 from r1mega.data.mixture import shuffled
 from r1mega.data.packing import TokenSequence
@@ -50,7 +50,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"loss": row["loss"], "updates": updates, "epochs": stage.epochs} | sizes | (flat(measured) if measured else {})
 
 
-def encode(ctx: StageContext, stage: Sft, model: ModelFolder) -> tuple[TokenStore, dict[str, Counts]]:
+def encode(ctx: StageContext, stage: Sft | Distill, model: ModelFolder) -> tuple[TokenStore, dict[str, Counts]]:
     """Encode the stage's conversations, each rank its share, into the stage's folder; what every source came to."""
     folder = ctx.dir / "tokens"
     folder.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ class _Encoder:
     """This rank's share of the conversations as rows of a token store, counted on the way."""
 
     ctx: StageContext
-    stage: Sft
+    stage: Sft | Distill
     model: ModelFolder
 
     def __post_init__(self) -> None:
