@@ -22,6 +22,17 @@ class TinyCorpus(Closed):
     seed: int = Field(0, description="seed of the documents")
 
 
+class SignsCorpus(Closed):
+    """Documents of the tiny language: signs to be found, by guessing or by trying."""
+
+    kind: Literal["signs"]
+    long_share: float = Field(ge=0, le=1, description="share of documents that try; the others guess")
+    patience: float = Field(1.0, ge=0, le=1, description="probability of another try after one that fails; else its signs are the answer")
+    tagged_share: float = Field(1.0, ge=0, le=1, description="share of the documents with all tags; the others lose think or answer tags")
+    heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of the questions that no document holds; the same as the prompts'")
+    seed: int = Field(0, description="seed of the documents")
+
+
 class JsonlCorpus(Closed):
     """Plain documents, one JSON object a line."""
 
@@ -30,7 +41,7 @@ class JsonlCorpus(Closed):
     text: str = Field("text", description="field that holds the document")
 
 
-Corpus = Annotated[TinyCorpus | JsonlCorpus, Field(discriminator="kind")]
+Corpus = Annotated[TinyCorpus | SignsCorpus | JsonlCorpus, Field(discriminator="kind")]
 
 
 class Phase(Closed):

@@ -50,8 +50,9 @@ class TinyPrompts(Closed):
     """A procedural task of r1mega's own tiny language."""
 
     kind: Literal["tiny"]
-    task: Literal["running_sum", "errand", "rude_errand"] = Field(
-        description="running_sum: add six digits modulo ten, in one of two languages; errand: greet or repeat; rude_errand: what to refuse"
+    task: Literal["running_sum", "signs", "errand", "rude_errand"] = Field(
+        description="running_sum: add six digits modulo ten, in one of two languages; signs: find three signs that make a sum right; "
+        "errand: greet or repeat; rude_errand: what to refuse"
     )
     size: int = Field(20_000, ge=1, description="how many problems to draw")
     seed: int = Field(0, description="seed of the problems")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1mega.config.corpora import Corpus, JsonlCorpus, Phase, TinyCorpus
+from r1mega.config.corpora import Corpus, JsonlCorpus, Phase, SignsCorpus, TinyCorpus
 from r1mega.config.stages import Pretrain
 from r1mega.data.packing import TokenSequence
-from r1mega.data.tiny import running_sum
+from r1mega.data.tiny import running_sum, signs
 from r1mega.errors import UserError
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
 from r1mega.pipeline.context import StageContext
@@ -87,6 +87,8 @@ def _documents(corpus: Corpus, start: int) -> Iterator[str]:
     match corpus:
         case TinyCorpus():
             return running_sum.documents(corpus, start)
+        case SignsCorpus():
+            return signs.documents(corpus, start)
         case JsonlCorpus():
             return islice(_jsonl(corpus), start, None)
 

@@ -6,11 +6,13 @@ languages, and answers in tags: `<think> so 3 so 4 so 8 </think> <answer> 8 </an
 
 from r1mega.config.prompts import TinyPrompts
 from r1mega.data.prompts import Prompt
-from r1mega.data.tiny import errand, running_sum
+from r1mega.data.tiny import errand, running_sum, signs
 
 
 def prompts(source: TinyPrompts) -> list[Prompt]:
-    """Up to `source.size` problems of a task, all different; UserError for more running sums than there are."""
+    """Up to `source.size` problems of a task, all different; UserError for more of them than there are."""
     if source.task == "running_sum":
         return running_sum.prompts(source.size, source.seed)
+    if source.task == "signs":
+        return signs.prompts(source.size, source.seed)
     return errand.prompts(source.task, source.size, source.seed)
