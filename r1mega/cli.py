@@ -122,6 +122,33 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, finished or not")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="HTML file to write (default: RUN_DIR/report.html)")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from r1mega.report.page import write_page
+
+    print(write_page(options.run, options.output))
+    return 0
+
+
+def _declare_publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run")
+    parser.add_argument("stage", metavar="STAGE", help="name of a finished stage that made a model")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="folder to make; one that holds this very model gets a new card")
+    parser.add_argument("--license", metavar="ID", help="licence as the hub spells it, such as apache-2.0 (default: none is claimed)")
+    parser.add_argument("--base-model", metavar="ID", help="the hub's name of the model that training began with, such as org/name")
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from r1mega.report.publish import publish
+
+    print(publish(options.run, options.stage, options.target, options.license, options.base_model))
+    return 0
+
+
 def _declare_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="Hugging Face model folder")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question (default: every line of the input)")
@@ -285,6 +312,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
+    "report": ("write a run as one page of HTML", _declare_report, _report),
+    "publish": ("copy a model of a run with a card of what made it", _declare_publish, _publish),
     "sample": ("ask a model something in the terminal", _declare_sample, _sample),
     "convert": ("from Hugging Face to Megatron and back, to another dtype or to block FP8", _declare_convert, _convert),
     "audit": ("what a model folder holds and what is wrong with it, or what the ranks of a layout hold", _declare_audit, _audit),
