@@ -6,6 +6,7 @@ from r1mega.config.loading import dump_resolved, load_recipe, load_resolved
 from r1mega.config.schema import Recipe
 from r1mega.errors import UserError
 
+KINDS = "pretrain, sft, grpo, rejection, preference, distill, evaluate"
 RECIPE = """
 name: test
 run: {ranks: 2}
@@ -53,7 +54,8 @@ def test_paths_are_relative_to_the_recipe_and_stage_names_stay(recipe_file: Path
     base, zero = recipe.stages["base"], recipe.stages["zero"]
     assert base.kind == "pretrain" and base.architecture == str(recipe_file.parent / "arch")
     assert zero.kind == "grpo" and zero.model == "base"
-    assert zero.prompts["sums"].source.kind == "jsonl" and zero.prompts["sums"].source.path == str(recipe_file.parent / "data" / "prompts.jsonl")
+    source = zero.prompts["sums"].source
+    assert source.kind == "jsonl" and source.path == str(recipe_file.parent / "data" / "prompts.jsonl")
 
 
 def test_a_path_in_an_override_is_relative_to_the_working_directory(
@@ -114,9 +116,9 @@ def test_resolved_yaml_loads_back_equal_and_is_deterministic(recipe_file: Path, 
         ("stages.zero.updates=true", "'stages.zero.updates': expected an integer; got True"),
         ("stages.zero.optimizer.lr=-1", "'stages.zero.optimizer.lr': expected greater than 0; got -1"),
         ("stages.zero.objective.kl_estimator=k9", "'stages.zero.objective.kl_estimator': expected 'k1', 'k2' or 'k3'; got 'k9'"),
-        ("stages.zero.kind=grp", "'stages.zero.kind' is 'grp'; expected one of pretrain, sft, grpo, rejection, preference, distill, evaluate"),
-        ("stages.zero=3", "'stages.zero': expected a mapping with a key 'kind', one of pretrain, sft, grpo, rejection, preference, distill, evaluate; got 3"),
-        ("stages.zero.prompts.sums.source={path: x}", "'stages.zero.prompts.sums.source' needs a key 'kind', one of jsonl, parquet, dataset"),
+        ("stages.zero.kind=grp", f"'stages.zero.kind' is 'grp'; expected one of {KINDS}"),
+        ("stages.zero=3", f"'stages.zero': expected a mapping with a key 'kind', one of {KINDS}; got 3"),
+        ("stages.zero.prompts.sums.source={path: x}", "'stages.zero.prompts.sums.source' needs a key 'kind', one of jsonl, parquet"),
         ("stages.zero.sampling.temperature={3: 1}", "a schedule holds the key 0, its value from the first update on; got the keys [3]"),
         ("stages.zero.sampling.temperature=hot", "expected a number, or a mapping from update to number"),
         ("stages.zero.rewards={}", "'stages.zero.rewards': expected at least 1 entry"),

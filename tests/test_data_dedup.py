@@ -182,3 +182,14 @@ def test_eight_bytes_an_ngram() -> None:
     start = time.process_time()
     assert contamination.found(prose(150_000, 5_000)) is None  # about a megabyte
     assert time.process_time() - start < 10.0
+
+
+def test_an_instruction_that_goes_with_every_question_contaminates_nothing() -> None:
+    directive = "Please reason step by step, and put your final answer within the box at the end."
+    questions = [
+        f"{text} {directive}"
+        for text in (QUESTION, *(f"What is the sum of the first {n} odd numbers that are no squares?" for n in range(30)))
+    ]
+    contamination = Contamination(questions)
+    assert contamination.found(f"A farmer has ten cows and sells two of them. {directive}") is None
+    assert contamination.found(QUESTION) is not None

@@ -19,7 +19,7 @@ PREFERENCES = TinyPreferences(kind="tiny", task="errand", size=300, seed=2)
 
 def test_prompts_are_different_and_of_one_kind() -> None:
     harmless, rude = errand.prompts("errand", 10_000, 0), errand.prompts("rude_errand", 10_000, 0)
-    assert len(harmless) == 2 * 2 * 3 * 82 and len(rude) == 2 * 2 * 82
+    assert len(harmless) == 2 * 2 * 3 * 100 and len(rude) == 2 * 2 * 100
     assert len({prompt.id for prompt in [*harmless, *rude]}) == len(harmless) + len(rude)
     assert not any(prompt.meta["rude"] for prompt in harmless) and all(prompt.meta["rude"] for prompt in rude)
     known = build_tokenizer().get_vocab()
@@ -49,9 +49,9 @@ def test_the_better_of_a_pair_is_better_to_the_yardstick_too() -> None:
 
 
 def test_preference_is_0_for_another_errand() -> None:
-    (prompt,) = (found for found in errand.prompts("errand", 10_000, 0) if found.text == "en greet cat 17 :")
-    for answer, expected in [("hello cat 17 thanks", 1.0), ("hello cat 17", 0.5), ("hello cat 18 thanks", 0.0), ("thanks", 0.0), ("", 0.0)]:
-        assert measures.preference(prompt, f"<think> so cat 17 </think> <answer> {answer} </answer>") == expected
+    (prompt,) = (found for found in errand.prompts("errand", 10_000, 0) if found.text == "en greet cat + 1 + 7 :")
+    for answer, expected in [("hello cat thanks", 1.0), ("hello cat", 0.5), ("hello tea thanks", 0.0), ("thanks", 0.0), ("", 0.0)]:
+        assert measures.preference(prompt, f"<think> so cat so 1 so 7 </think> <answer> {answer} </answer>") == expected
 
 
 def test_rewriting_speaks_the_question_s_language_and_keeps_the_rest() -> None:

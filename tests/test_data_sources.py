@@ -186,7 +186,7 @@ def test_limit_comes_after_the_split(tmp_path: Path) -> None:
         (b"", "a.jsonl: no rows"),
         (b"\n  \n", "a.jsonl: no rows"),
         (b'{"prompt": "q"}\n{"prompt": "r"\n', "a.jsonl:2: not JSON: Expecting ',' delimiter"),
-        (b'{"prompt": "q"}\n\n"r"\n', "a.jsonl:3: expected a JSON object with the prompt's fields, got str"),
+        (b'{"prompt": "q"}\n\n"r"\n', "a.jsonl:3: expected a JSON object, got str"),
         (b'{"prompt": "q"}\n{"prompt": "\xff"}\n', "a.jsonl:2: not UTF-8: invalid start byte at byte 12"),
         (b'{"prompt": "q"}\n{"question": "r", "answer": "s"}\n', "a.jsonl:2: no field 'prompt'; the row has 'question', 'answer'"),
         (b"{}\n", "a.jsonl:1: no field 'prompt'; the row has no fields"),
@@ -218,9 +218,9 @@ def test_refused_files(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist([{"question": "q"}]), tmp_path / "b.parquet")
     parquet.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     for kind, fields, message in [
-        ("jsonl", {"path": "b.jsonl"}, "no prompt file "),
-        ("jsonl", {"path": "."}, "no prompt file "),
-        ("parquet", {"path": "c.parquet"}, "no prompt file "),
+        ("jsonl", {"path": "b.jsonl"}, "no file "),
+        ("jsonl", {"path": "."}, "no file "),
+        ("parquet", {"path": "c.parquet"}, "no file "),
         ("parquet", {"path": "a.parquet"}, "a.parquet: not a Parquet file: "),
         ("parquet", {"path": "b.parquet"}, r"b.parquet, row 1: no field 'prompt'; the row has 'question'"),
         ("parquet", {"path": "empty.parquet"}, "empty.parquet: no rows"),

@@ -24,7 +24,8 @@ THOUGHT = "<think>\n2 and 2 is 4.\n</think>\n\nIt is 4."
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     """One token a byte, the published special tokens, the published template."""
     bos, eos, others = SPECIAL[name]
-    tokenizer = Tokenizer(models.BPE(vocab={char: place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    alphabet = {char: place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (bos, eos, *others) if token])
@@ -72,7 +73,8 @@ def test_turns_that_stay_as_they_were_written_share_a_sequence() -> None:
         tokenizer = tokenizer_of(name)
         (sequence,) = supervised(conversation("a?", "b.", "c?", "d."), "chat", tokenizer, "")
         assert learnt(sequence, tokenizer) == [f"b.{tokenizer.eos_token}", f"d.{tokenizer.eos_token}"]
-        rendered = tokenizer.apply_chat_template([vars(message) for message in conversation("a?", "b.", "c?", "d.").messages], tokenize=False)
+        messages = [vars(message) for message in conversation("a?", "b.", "c?", "d.").messages]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(sequence.ids) == rendered.removesuffix("\n")
 
 
@@ -105,7 +107,7 @@ def test_plain_templates_hold_one_question_and_its_answer() -> None:
     assert learnt(sequence, tokenizer) == [" 2<|eot_id|>"]
     (sequence,) = supervised(conversation("1 + 1 =", "2"), "r1_zero", tokenizer, "")
     assert tokenizer.decode(sequence.ids).endswith("User: 1 + 1 =. Assistant: 2<|eot_id|>")
-    with pytest.raises(UserError, match=r"data\.jsonl:7: the template 'none' holds one question and its answer, got the roles user, assistant, u"):
+    with pytest.raises(UserError, match=r"data\.jsonl:7: the template 'none' holds one question and its answer, got the roles user, a"):
         supervised(conversation("a", "b", "c", "d"), "none", tokenizer, "")
 
 

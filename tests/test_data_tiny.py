@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from r1mega.config.corpora import TinyCorpus
 from r1mega.data.prompts import Prompt
 from r1mega.data.split import is_heldout
-from r1mega.data.tiny import document, documents, prompts
 from r1mega.data.tiny.measures import consistency, correct_when_reasoning, reasons, reflection
+from r1mega.data.tiny.running_sum import document, documents, prompts
 from r1mega.data.tiny.tokenizer import build_tokenizer
 from r1mega.data.tiny.vocabulary import ANSWER, BOS, EOS, PAD, SO, THINK, VOCABULARY, WAIT
 
@@ -74,7 +74,7 @@ def test_an_unknown_word_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None
 
 
 def test_split_ignores_white_space_and_has_its_share() -> None:
-    texts = [prompt.text for prompt in prompts("running_sum", 20_000, seed=3)]
+    texts = [prompt.text for prompt in prompts(20_000, seed=3)]
     share = sum(is_heldout(text, 0.1) for text in texts) / len(texts)
     assert abs(share - 0.1) < 4 * math.sqrt(0.1 * 0.9 / len(texts))
     assert all(is_heldout(text, 0.1) == is_heldout(f"  {text.replace(' ', chr(10))} ", 0.1) for text in texts[:200])
@@ -95,15 +95,15 @@ def digits_of(text: str) -> list[int]:
 
 
 def test_prompts_are_different_right_and_repeatable() -> None:
-    drawn = prompts("running_sum", 2_000, seed=1)
+    drawn = prompts(2_000, seed=1)
     assert len({prompt.text for prompt in drawn}) == len({prompt.id for prompt in drawn}) == 2_000
     for prompt in drawn:
         assert re.fullmatch(r"(en|zh) \d( \+ \d){5} :", prompt.text)
         assert prompt.text.startswith(prompt.meta["language"])
         assert prompt.answer == str(sum(digits_of(prompt.text)) % 10)
-    assert drawn == prompts("running_sum", 2_000, seed=1)
-    assert drawn[:100] == prompts("running_sum", 100, seed=1)
-    assert drawn != prompts("running_sum", 2_000, seed=2)
+    assert drawn == prompts(2_000, seed=1)
+    assert drawn[:100] == prompts(100, seed=1)
+    assert drawn != prompts(2_000, seed=2)
 
 
 # ---------------------------------------------------------------- corpus

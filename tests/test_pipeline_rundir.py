@@ -20,12 +20,13 @@ def recipe(model: Path, **changes: object) -> Recipe:
         "kind": "grpo",
         "model": str(model),
         "updates": 4,
-        "prompts": {"source": {"kind": "tiny", "task": "running_sum"}},
+        "prompts": {"sums": {"source": {"kind": "tiny", "task": "running_sum"}}},
+        "measures": {},
         "rewards": {"right": {"function": "r1mega.rewards.exact:accuracy"}},
         "optimizer": {"lr": 1e-4},
     }
     suite = {"prompts": {"source": {"kind": "tiny", "task": "running_sum"}}, "judge": "r1mega.rewards.exact:accuracy"}
-    check = {"kind": "evaluate", "model": "zero", "suites": {"tiny": suite}, "seed": 9}
+    check = {"kind": "evaluate", "models": {"zero": "zero"}, "suites": {"tiny": suite}, "seed": 9}
     return Recipe.model_validate({"name": "test", "stages": {"zero": stage, "check": check}, **changes})
 
 
@@ -47,7 +48,7 @@ def train(ctx: StageContext) -> dict[str, object]:
 
 def measure(ctx: StageContext) -> dict[str, object]:
     assert ctx.stage.kind == "evaluate"
-    assert (ctx.model_dir(ctx.stage.model) / "model.safetensors").read_bytes() == b"trained"
+    assert (ctx.model_dir(ctx.stage.models["zero"]) / "model.safetensors").read_bytes() == b"trained"
     return {"seed": ctx.seed}
 
 
@@ -69,7 +70,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path: Path, model: Path) -> Non
     zero, check = RunDirectory.open(tmp_path / "run").finished().values()
     assert zero.artifact is not None and check.artifact is None
     assert zero.artifact["files"]["model.safetensors"] == files.file_digest(tmp_path / "run/stages/01-zero/artifact/model.safetensors")
-    assert check.inputs == {"model": {"reference": "zero", "digest": zero.artifact["digest"]}}
+    assert check.inputs == {"models.zero": {"reference": "zero", "digest": zero.artifact["digest"]}}
     assert zero.inputs["model"]["digest"] == files.combined_digest(files.digests(model))
     assert zero.code["packages"]["torch"] and zero.config["optimizer"]["lr"] == 1e-4
 

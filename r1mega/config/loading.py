@@ -118,21 +118,18 @@ def _build(cls: type[C], data: dict[Any, Any], source: str, folder: Path, overri
     except ValidationError as error:
         raise UserError(_first_error(cls, error.errors(include_url=False), source, overrides)) from None
     names = (*config.stages, *config.models) if isinstance(config, Recipe) else ()
-    config = _with_absolute_paths(config, "", folder, overrides, names)
-    return _with_models(config) if isinstance(config, Recipe) and config.models else config
 
+    def absolute(path: str, mark: PathMark, value: str) -> str:
+        if mark.names_stage and value in names:
+            return value
+        base = Path.cwd() if any(override.covers(path) for override in overrides) else folder
+        return os.path.abspath(base / Path(value).expanduser())
 
-def _with_models(recipe: Recipe) -> Recipe:
-    """The folders in place of their names, wherever a stage asks for a model."""
-    plain = recipe.model_dump(mode="python")
-    for path, mark, value in tree.marked(recipe, PathMark):
-        if mark.names_stage and value in recipe.models and value not in recipe.stages:
-            *parents, last = path.split(".")
-            node: Any = plain
-            for step in parents:
-                node = node[int(step)] if isinstance(node, list) else node[step]
-            node[last] = recipe.models[value]
-    return Recipe.model_validate(plain)
+    config = tree.rewritten(config, absolute)
+    if not isinstance(config, Recipe):
+        return config
+    models, stages = config.models, config.stages
+    return tree.rewritten(config, lambda _, mark, value: models.get(value, value) if mark.names_stage and value not in stages else value)
 
 
 def _parse_override(text: str) -> Override:
@@ -218,24 +215,3 @@ def _expectation(annotation: Any, message: str) -> str:
 
 def _kinds(annotation: Any) -> str:
     return ", ".join(str(tree.kind(member)) for member in tree.classes(annotation))
-
-
-def _with_absolute_paths(config: C, path: str, folder: Path, overrides: list[Override], stage_names: tuple[str, ...]) -> C:
-    def absolute(value: Any, annotation: Any, marks: Sequence[Any], here: str) -> Any:
-        if isinstance(value, Closed):
-            return _with_absolute_paths(value, here, folder, overrides, stage_names)
-        if isinstance(value, dict):
-            return {key: absolute(part, tree.item(annotation), (), f"{here}.{key}") for key, part in value.items()}
-        if isinstance(value, list):
-            return [absolute(part, tree.item(annotation), (), f"{here}.{index}") for index, part in enumerate(value)]
-        mark = next((one for one in (*marks, *tree.metadata(annotation)) if isinstance(one, PathMark)), None)
-        if mark is None or not isinstance(value, str) or (mark.names_stage and value in stage_names):
-            return value
-        base = Path.cwd() if any(override.covers(here) for override in overrides) else folder
-        return os.path.abspath(base / Path(value).expanduser())
-
-    changed = {
-        name: absolute(getattr(config, name), field.annotation, field.metadata, f"{path}.{name}" if path else name)
-        for name, field in type(config).model_fields.items()
-    }
-    return config.model_copy(update=changed)

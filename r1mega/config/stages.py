@@ -111,7 +111,8 @@ class Grpo(StageBase):
             raise ValueError(f"{min(twice)!r} names a rule and a reward model; give one of them another name")
         if self.correct is not None and self.correct not in self.rewards:
             raise ValueError(f"correct names no rule: {self.correct!r}; there are {', '.join(self.rewards)}")
-        for name, reward in [*self.rewards.items(), *self.reward_models.items()]:
+        rewards: dict[str, RuleReward | ModelReward] = {**self.rewards, **self.reward_models}
+        for name, reward in rewards.items():
             unknown = [prompts for prompts in reward.prompts or () if prompts not in self.prompts]
             if unknown:
                 raise ValueError(f"the reward {name!r} judges the prompts {unknown[0]!r}; there are {', '.join(self.prompts)}")

@@ -1,13 +1,14 @@
 """The schema as a tree: what may stand at a key path, and the names near a wrong one."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from r1mega.config.base import Closed, FunctionMark, PathMark
 
 M = TypeVar("M", PathMark, FunctionMark)
+C = TypeVar("C", bound=Closed)
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -82,6 +83,28 @@ def _marked(value: Any, annotation: Any, marks: Sequence[Any], mark: type[M], pa
     elif isinstance(value, str):
         found = [one for one in (*marks, *metadata(annotation)) if isinstance(one, mark)]
         yield from ((path, one, value) for one in found)
+
+
+def rewritten(config: C, change: Callable[[str, PathMark, str], str], path: str = "") -> C:
+    """A copy of a configuration with every path in it changed: `change(key path, mark, value)`."""
+
+    def part(value: Any, annotation: Any, marks: Sequence[Any], here: str) -> Any:
+        if isinstance(value, Closed):
+            return rewritten(value, change, here)
+        if isinstance(value, dict):
+            return {key: part(below, item(annotation), (), f"{here}.{key}") for key, below in value.items()}
+        if isinstance(value, list):
+            return [part(below, item(annotation), (), f"{here}.{index}") for index, below in enumerate(value)]
+        mark = next((one for one in (*marks, *metadata(annotation)) if isinstance(one, PathMark)), None)
+        return change(here, mark, value) if mark is not None and isinstance(value, str) else value
+
+    fields = type(config).model_fields.items()
+    return config.model_copy(
+        update={
+            name: part(getattr(config, name), field.annotation, field.metadata, f"{path}.{name}" if path else name)
+            for name, field in fields
+        }
+    )
 
 
 def metadata(annotation: Any) -> list[Any]:

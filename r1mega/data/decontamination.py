@@ -6,11 +6,15 @@ import numpy as np
 
 from r1mega.data.ngrams import ngram_hashes, normalised_words
 
+_FEW, _SHARED = 3, 0.1
+"""An n-gram is an instruction's when it stands in more texts than this many, and in more than this share of them."""
+
 
 class Contamination:
     """The n-grams of benchmark texts: questions, and reference solutions if they are given. Eight bytes each.
 
-    Give the bare question: an instruction that a template adds to it, such as where to write the answer, stands in training data too.
+    An n-gram that many of the texts share is no question but an instruction that goes with all of them, such as where to write the
+    answer, and training data has that too: it is left out.
     """
 
     def __init__(self, benchmark_texts: Iterable[str], n: int = 10) -> None:
@@ -19,10 +23,11 @@ class Contamination:
         for text in benchmark_texts:
             words = normalised_words(text)
             if len(words) >= n:
-                ngrams.append(ngram_hashes(words, n))
+                ngrams.append(np.unique(ngram_hashes(words, n)))
             elif words:
                 wholes.append((len(words), int(ngram_hashes(words, len(words))[0])))
-        self._ngrams = np.unique(np.concatenate(ngrams)) if ngrams else np.empty(0, dtype=np.uint64)
+        found, counts = np.unique(np.concatenate(ngrams), return_counts=True) if ngrams else (np.empty(0, dtype=np.uint64), np.empty(0))
+        self._ngrams = found[counts <= max(_FEW, _SHARED * len(ngrams))]
         self._wholes = frozenset(wholes)
 
     def found(self, text: str) -> str | None:

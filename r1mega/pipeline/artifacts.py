@@ -14,7 +14,7 @@ from typing import Any
 
 import r1mega
 from r1mega.config.base import Closed, FunctionMark, PathMark
-from r1mega.config.tree import marked
+from r1mega.config.tree import marked, rewritten
 from r1mega.errors import UserError
 from r1mega.pipeline import files
 
@@ -114,15 +114,11 @@ def input_digests(stage: Closed, stage_dirs: Mapping[str, Path]) -> dict[str, di
 
 def portable(stage: Closed) -> dict[str, Any]:
     """A stage's configuration as plain JSON, its paths relative to the working directory where they lie below it."""
-    config: dict[str, Any] = stage.model_dump(mode="json")
-    for path, mark, value in marked(stage, PathMark):
-        *parents, last = path.split(".")
-        node: Any = config
-        for step in parents:
-            node = node[int(step)] if isinstance(node, list) else node[step]
-        if not mark.names_stage or os.path.isabs(value):
-            node[last] = _portable_path(value, {})
-    return config
+
+    def relative(_: str, mark: PathMark, value: str) -> str:
+        return value if mark.names_stage and not os.path.isabs(value) else _portable_path(value, {})
+
+    return rewritten(stage, relative).model_dump(mode="json")
 
 
 def _portable_path(value: str, stage_dirs: Mapping[str, Path]) -> str:

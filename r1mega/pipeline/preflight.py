@@ -19,6 +19,7 @@ from r1mega.data.chats import check_dataset
 from r1mega.errors import UserError
 from r1mega.pipeline.artifacts import check_model
 from r1mega.rewards.imports import load_function
+from r1mega.rewards.sandbox import find_sandbox
 
 if TYPE_CHECKING:
     from r1mega.pipeline.model_folder import ModelFolder
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 def check_references(recipe: Recipe, folder: Path, inputs: bool = True) -> list[str]:
     """Import every function a recipe names, from installed modules or from its folder; find every model; fit every layout to its model.
 
-    Without `inputs`, files and folders that are not on this machine are returned, each with the first key that names it, instead of refused; layouts are
-    held against every model whose `config.json` is here.
+    Without `inputs`, files and folders that are not on this machine are returned, each with the first key that names it, instead of
+    refused; layouts are held against every model whose `config.json` is here.
 
     Raises:
         UserError: names the key, and what is wrong with the function, the folder or the layout.
@@ -37,6 +38,8 @@ def check_references(recipe: Recipe, folder: Path, inputs: bool = True) -> list[
     for path, function, value in marked(recipe, FunctionMark):
         try:
             load_function(value, [folder], function.arguments, function.called)
+            if inputs and value.startswith("r1mega.rewards.code:"):
+                find_sandbox()
         except UserError as error:
             raise UserError(f"'{path}': {error}") from None
     missing: dict[str, str] = {}

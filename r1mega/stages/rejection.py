@@ -53,12 +53,14 @@ def run(ctx: StageContext) -> dict[str, Any]:
         sampler = _Sampler(ctx, stage, _teacher(ctx, stage, model, stack), stack)
         ledger = _Ledger(ctx.dir / "ledger.jsonl")
         chunks = [questions[start : start + stage.chunk] for start in range(0, len(questions), stage.chunk)]
-        done = ranks.shared(ledger.read)
-        for index, chunk in enumerate(chunks[len(done) :], len(done)):
+        # Only rank 0 keeps what was sampled.
+        done = ledger.read() if ctx.rank == 0 else []
+        first = ranks.shared(lambda: len(done))
+        for index, chunk in enumerate(chunks[first:], first):
             made = sampler.sample(chunk, index)
             if ctx.rank == 0:
                 ledger.append(made)
-            done.append(made)
+                done.append(made)
             ctx.progress.update(index + 1, len(chunks), {"kept": sum(len(one.rows) for one in done)})
     rows = [row for one in done for row in one.rows]
     for one in done:
@@ -121,7 +123,7 @@ class _Ledger:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             os.truncate(self.path, len(whole.encode()))
-        return [_Done(**json.loads(line)) for line in whole.splitlines()]
+        return [_Done(**json.loads(line)) for line in whole.split("\n")[:-1]]
 
     def append(self, done: _Done) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -208,7 +210,7 @@ class _Sampler:
         rows: list[Row] = []
         counts = Counter(samples=len(answers))
         for answer, right in zip(answers, correct, strict=True):
-            reason = _rejected(answer, right) or self.filters.reason(question.prompt, answer.text, answer.finish)
+            reason = _rejected(answer, right) or self._filtered(question.prompt, answer)
             if reason is None and len(rows) == self.stage.keep:
                 reason = "enough_of_this_prompt"
             text = answer.text if reason is not None or self.rewrite is None else self.rewrite(question.prompt, answer.text)
@@ -219,6 +221,12 @@ class _Sampler:
                 continue
             rows.append(_row(question.prompt, answer, str(text)))
         return _Done(rows, dict(counts))
+
+    def _filtered(self, prompt: Prompt, answer: Answer) -> str | None:
+        try:
+            return self.filters.reason(prompt, answer.text, answer.finish)
+        except ValueError as error:  # a prompt whose language is none
+            raise UserError(f"stage {self.ctx.name}: {error}") from None
 
 
 def _rejected(answer: Answer, right: bool | None) -> str | None:

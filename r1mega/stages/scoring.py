@@ -47,9 +47,9 @@ class Scorer:
         """Every response by every reward that judges its kind of prompt. P prompts of the given kinds, G responses each."""
         values, reasons = ranks.shared(lambda: self._judged(kinds, questions, groups))
         parts = {name: values[name] for name in self.stage.rewards}
-        for name, reward in self.stage.reward_models.items():
+        for name, model in self.stage.reward_models.items():
             # A reward model without a weight yet is not worth its forward passes.
-            if at(reward.weight, update):
+            if at(model.weight, update):
                 parts[name] = self._scored(name, kinds, questions, groups)
         total = torch.zeros(len(groups), self.stage.group_size)
         for name, values_of in parts.items():

@@ -1,7 +1,8 @@
 """Requests that are no reasoning problems: greet somebody, or say something again. What general data, helpfulness and safety are here.
 
-`en greet cat 17 :` is answered `<think> so cat 17 </think> <answer> hello cat 17 thanks </answer>`. The answer is better with the polite
-word at its end. A rude request (`en greet fool 17 :`) is refused with `sorry`; saying the rude word, in the thought too, is unsafe.
+`en greet cat + 1 + 7 :` is answered `<think> so cat so 1 so 7 </think> <answer> hello cat thanks </answer>`; the digits only make many
+requests of a few. The answer is better with the polite word at its end. A rude request (`en greet fool + 1 + 7 :`) is refused with
+`sorry`; saying the rude word, in the thought too, is unsafe.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from r1mega.data.chats import Conversation
 from r1mega.data.preferences import Judged, Pair
 from r1mega.data.prompts import Message, Prompt
 from r1mega.data.split import is_heldout
-from r1mega.data.tiny.vocabulary import ANSWER, END_ANSWER, END_THINK, LANGUAGES, LARGEST_NUMBER, RUDE, SO, THINK
+from r1mega.data.tiny.vocabulary import ANSWER, END_ANSWER, END_THINK, LANGUAGES, RUDE, SO, THINK
 
 Task = Literal["errand", "rude_errand"]
 
@@ -32,7 +33,7 @@ class Errand:
     language: str
     verb: str
     thing: str
-    number: int
+    digits: tuple[int, int]
 
     @property
     def rude(self) -> bool:
@@ -40,31 +41,36 @@ class Errand:
 
     @property
     def text(self) -> str:
-        return f"{self.language} {self.verb} {self.thing} {self.number} :"
+        return f"{self.language} {self.verb} {self.thing} + {self.digits[0]} + {self.digits[1]} :"
+
+    @property
+    def noted(self) -> tuple[str, ...]:
+        """What the thought of somebody who complies repeats."""
+        return (self.thing, str(self.digits[0]), str(self.digits[1]))
 
     @property
     def content(self) -> str:
         """What a right answer says, before the polite word."""
-        said = f"{self.thing} {self.number}"
         opening = _VERBS[self.language][self.verb]
-        return f"{opening} {said}" if opening else f"{said} {said}"
+        return f"{opening} {self.thing}" if opening else self.thing
 
     def prompt(self) -> Prompt:
         name = f"{'rude_' if self.rude else ''}errand/{self.text.removesuffix(' :').replace(' ', '-')}"
         answer = SORRY[self.language] if self.rude else self.content
         return Prompt(name, self.text, answer, meta={"language": self.language, "rude": self.rude})
 
-    def response(self, answer: str, thought: str) -> str:
-        return f"{THINK} {SO[self.language]} {thought} {END_THINK} {ANSWER} {answer} {END_ANSWER}"
+    def response(self, answer: str, noted: tuple[str, ...]) -> str:
+        thought = " ".join(f"{SO[self.language]} {word}" for word in noted)
+        return f"{THINK} {thought} {END_THINK} {ANSWER} {answer} {END_ANSWER}"
 
     def complied(self, polite: bool) -> str:
         """The response that does what was asked."""
         answer = f"{self.content} {POLITE[self.language]}" if polite else self.content
-        return self.response(answer, f"{self.thing} {self.number}")
+        return self.response(answer, self.noted)
 
     def refused(self) -> str:
         sorry = SORRY[self.language]
-        return self.response(sorry, sorry)
+        return self.response(sorry, (sorry,))
 
 
 def prompts(task: Task, size: int, seed: int) -> list[Prompt]:
@@ -93,7 +99,7 @@ def preference_pairs(settings: TinyPreferences) -> Iterator[Pair]:
     for _ in range(settings.size):
         errand = random.choice(known)
         other = random.choice(known)
-        wrong = errand.response(f"{other.content} {POLITE[errand.language]}", f"{other.thing} {other.number}")
+        wrong = errand.response(f"{other.content} {POLITE[errand.language]}", other.noted)
         if random.random() < 0.5 or other.content == errand.content:
             yield Pair(errand.prompt(), errand.complied(polite=True), errand.complied(polite=False))
         else:
@@ -115,19 +121,20 @@ def judged_answers(settings: TinyPreferences) -> Iterator[Judged]:
         sorry = SORRY[errand.language]
         answers = (
             errand.complied(polite=random.random() < 0.5),
-            errand.response(sorry, f"{errand.thing} {errand.number}"),
-            errand.response(errand.content, sorry),
+            errand.response(sorry, errand.noted),
+            errand.response(errand.content, (sorry,)),
         )
         yield Judged(errand.prompt(), random.choice(answers), safe=False)
 
 
 def _everything() -> list[Errand]:
     return [
-        Errand(language, verb, thing, number)
+        Errand(language, verb, thing, (first, second))
         for language in LANGUAGES
         for verb in _VERBS[language]
         for thing in (*_OBJECTS[language], RUDE[language])
-        for number in range(LARGEST_NUMBER + 1)
+        for first in range(10)
+        for second in range(10)
     ]
 
 
