@@ -1,4 +1,5 @@
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,13 @@ def test_lines_are_answered_until_the_input_ends(capsys: pytest.CaptureFixture[s
 
 
 def test_what_cannot_be_asked_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(BASE, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
     for arguments, message in [
-        ([str(tmp_path), "1"], "has no config.json"),
-        ([BASE, "1", "--template", "chat"], "has no chat template; use --template r1_zero or --template none"),
+        ([str(tmp_path / "empty"), "1"], "has no config.json"),
+        ([str(tmp_path / "bare"), "1", "--template", "chat"], "has no chat template; use --template r1_zero or --template none"),
         ([BASE, "never seen"], "the tokenizer does not know"),
-        ([BASE, "1 " * 600], "has 601 tokens, more than the 511"),
+        ([BASE, "1 " * 600, "--template", "none"], "has 601 tokens, more than the 511"),
         ([BASE, "1", "--max-new-tokens", "512"], "no room for prompts in the context of 512 tokens"),
         ([BASE, "1", "--top-p", "0"], "--top-p above 0"),
         ([BASE, "1", "--temperature", "nan"], "--temperature must be at least 0"),
