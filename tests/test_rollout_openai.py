@@ -1,12 +1,16 @@
 """Answers from a server that speaks the chat completions protocol: what is asked, what comes back, and what happens when it does not."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 pytest.importorskip("openai")
 from endpoint_server import KEY, Reply, Server, refused, said, serving
@@ -15,6 +19,7 @@ from r1mega.config.chats import Endpoint
 from r1mega.config.rollout import Sampling
 from r1mega.data.prompts import Message, Prompt
 from r1mega.errors import UserError
+from r1mega.rollout import openai
 from r1mega.rollout.ask import Question
 from r1mega.rollout.openai import EndpointTeacher
 
@@ -141,6 +146,35 @@ def test_the_thought_is_where_the_model_wrote_it(reply: Reply, text: str, finish
         (group,) = teacher(server).answer(questions(1), 1, "s")
     assert (group[0].text, group[0].finish, group[0].ids) == (text, finish, None)
     assert (group[0].error is None) == (finish != "failed")
+
+
+def _rank(rank: int, port: int, url: str, folder: Path) -> None:
+    """Ask with a process group that waits for one second in a collective, and for longer than that in all."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    asked = teacher(url)
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2, timeout=timedelta(seconds=1))
+    openai._MEET_S = 0.2
+    groups = asked.answer(questions(3), 2, "s")
+    (folder / f"{rank}.json").write_text(json.dumps([[answer.text for answer in group] for group in groups]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_ask_wait_longer_than_a_collective_does(tmp_path: Path) -> None:
+    def slow(request: dict[str, Any], attempt: int) -> Reply:
+        time.sleep(1.5)
+        return said(request["messages"][-1]["content"])
+
+    with serving(slow) as server:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        mp.spawn(_rank, (store.port, server.url, tmp_path), nprocs=2)
+    expected = [[f"question {index}"] * 2 for index in range(3)]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [expected] * 2
+    assert len(server.requests) == 6 and server.probes == 1  # rank 0 alone has asked
 
 
 def test_no_server() -> None:

@@ -12,13 +12,22 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from r1mega import env
+from r1mega.config.chats import TinyChats
 from r1mega.config.loading import load_recipe
+from r1mega.config.prompts import PromptSet, TinyPrompts
+from r1mega.data.chats import read_chats
+from r1mega.data.sources import load_prompts
+from r1mega.data.supervision import supervised
+from r1mega.data.templates import encode
 from r1mega.errors import UserError
 from r1mega.megatron import platform
 from r1mega.pipeline.metrics import read_metrics
+from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.pipeline.rundir import claimed
 from r1mega.pipeline.worker import run_stages, stage_function
 from r1mega.report.progress import Progress
+from r1mega.rollout.engine import Request, SamplingParams, Scoring
+from r1mega.rollout.local import LocalEngine
 from r1mega.stages import training
 
 BASE = Path(__file__).parents[1] / "configs/tiny/base"
@@ -27,14 +36,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "prompts": {"source": {"kind": "tiny", "task": "running_sum"}, "template": "chat", "limit": 64},
         "samples_per_prompt": 2,
         "sampling": {"max_new_tokens": 24},
-        "batch": 64,
+        "batch": 128,
         "updates": 8,
+        "optimizer": {"lr": 5e-4},
     },
     "logits": {
         "data": {"errands": {"kind": "tiny", "task": "errand", "size": 200}},
         "top_k": 8,
         "batch": 48,
-        "updates": 8,
+        "updates": 16,
+        "optimizer": {"lr": 2e-3},
     },
 }
 pytestmark = pytest.mark.lane
@@ -68,7 +79,6 @@ def recipe(folder: Path, student: Path, method: str, **settings: Any) -> Path:
         "model": str(student),
         "teacher": str(BASE),
         "method": method,
-        "optimizer": {"lr": 2e-3},
         "train": {"chunk_tokens": 2048},
         "export_dtype": "float32",
         "save_every": 0,
@@ -86,20 +96,54 @@ def run(folder: Path, path: Path) -> tuple[Path, list[dict[str, Any]]]:
     return folder / "stages/01-learn", read_metrics(folder / "stages/01-learn/metrics.jsonl")
 
 
+def loaded(model: ModelFolder) -> LocalEngine:
+    engine = LocalEngine(model.path)
+    with model.open() as reader:
+        engine.load_weights(reader.tensors(model.arch), version=0)
+    return engine
+
+
+def drawn(model: ModelFolder) -> list[Scoring]:
+    """Answers that the model draws to questions of the tiny task."""
+    prompts = load_prompts(PromptSet(source=TinyPrompts(kind="tiny", task="running_sum"), limit=100), Path())
+    requests = [Request(ids, seed, 24) for seed, ids in enumerate(encode(prompts, "chat", model.tokenizer, 400))]
+    samples = loaded(model).generate(requests, SamplingParams(stop_token_ids=model.stop_token_ids))
+    return [Scoring(one.prompt_ids + one.response_ids, len(one.prompt_ids)) for one in samples]
+
+
+def written(model: ModelFolder) -> list[Scoring]:
+    """Conversations that no stage here trains on."""
+    found = [supervised(one, "chat", model.tokenizer, "")[0] for one in read_chats(TinyChats(kind="tiny", task="errand", size=100, seed=9))]
+    return [Scoring(one.ids, one.learnt.index(True)) for one in found]
+
+
+def divergence(first: ModelFolder, second: ModelFolder, scorings: list[Scoring]) -> float:
+    """KL(first || second) in nats a token, summed over the whole vocabulary."""
+    found = [loaded(model).score(scorings, model.arch.vocab) for model in (first, second)]
+    p, q = (torch.cat([torch.zeros_like(s.top_logprobs).scatter(1, s.top_ids, s.top_logprobs) for s in scores]) for scores in found)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_student_comes_nearer_to_its_teacher(method: str, student: Path, tmp_path: Path) -> None:
-    stage, rows = run(tmp_path / "run", recipe(tmp_path, student, method, updates=16))
+    stage, rows = run(tmp_path / "run", recipe(tmp_path, student, method))
     losses = [row["loss"] for row in rows]
-    assert len(losses) == 16 and sum(losses[-4:]) / 4 < 0.5 * losses[0] and losses[0] > 0.05, losses
+    assert sum(losses[-4:]) / 4 < 0.2 * losses[0] and losses[0] > 0.2, losses
+    models, teacher = [ModelFolder(student), ModelFolder(stage / "artifact")], ModelFolder(BASE)
+    if method == "on_policy":
+        before, after = (divergence(model, teacher, drawn(model)) for model in models)
+    else:
+        before, after = (divergence(teacher, model, written(teacher)) for model in models)
+    print(f"{method}: {before:.3f} -> {after:.3f} nats a token")
+    assert after < 0.25 * before and before > 0.1
     if method == "on_policy":
         assert all(row["rollout_gap/max"] < 1e-3 for row in rows)  # what was drawn is what is trained on
     else:
         assert all(0 < row["teacher_tail"] < 0.2 and row["loss"] > 0 for row in rows)
     summary = json.loads((tmp_path / "run/summary.json").read_text())["stages"][0]
     assert summary["kind"] == "distill" and summary["metrics"]["loss"] == losses[-1]
-    before, after = load_file(student / "model.safetensors"), load_file(stage / "artifact/model.safetensors")
-    assert before.keys() == after.keys() and not torch.equal(before["lm_head.weight"].float(), after["lm_head.weight"])
+    assert load_file(student / "model.safetensors").keys() == load_file(stage / "artifact/model.safetensors").keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,7 +195,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "b", recipe(tmp_path, BASE, "logits", top_k=128))
     for settings, reason in [
         ({"sampling": {"temperature": 0.7}}, "temperature and top_p must be 1"),
-        ({"samples_per_prompt": 3}, "samples_per_prompt=3 does not divide batch=64"),
+        ({"samples_per_prompt": 3}, "samples_per_prompt=3 does not divide batch=128"),
         ({"train": {"mtp_loss": 0.1}}, "train.mtp_loss must be 0"),
     ]:
         with pytest.raises(UserError, match=reason):
