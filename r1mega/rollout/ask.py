@@ -28,7 +28,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Response:
-    """A sample and its text, special tokens left out. The text begins with `<think>` where the prompt ends so, as in some chat templates."""
+    """A sample and its text, special tokens left out. The text begins with `<think>` where the prompt ends so, as with some templates."""
 
     sample: Sample
     text: str

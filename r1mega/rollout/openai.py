@@ -83,7 +83,6 @@ class _Server:
             "top_p": at(sampling.top_p, 0),
             "max_tokens": int(at(sampling.max_new_tokens, 0)),
         }
-        self._threads = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="endpoint")
         self._lock = Lock()
         self._failed_in_a_row = 0
 
@@ -93,7 +92,7 @@ class _Server:
         client = self._client.with_options(timeout=min(_PROBE_S, self._endpoint.timeout_s))
         try:
             reply = client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": "Hello"}], **self._settings | {"max_tokens": 1}
+                model=model, messages=[{"role": "user", "content": "Hello"}], seed=0, **self._settings | {"max_tokens": 1}
             )
         except self._openai.APIConnectionError as error:
             raise UserError(f"nothing answers at {url} ({self._said(error)}); start the server, or mend endpoint.url") from None
@@ -117,11 +116,14 @@ class _Server:
     def send(self, questions: Sequence[Question], k: int, seed: str) -> list[Future[Answer]]:
         """Begin to ask, as many at once as the endpoint allows."""
         self._failed_in_a_row = 0
-        return [
-            self._threads.submit(self._ask, question.prompt, sample_seed(f"{seed}/{question.prompt.id}/{index}") % _SEEDS)
+        threads = ThreadPoolExecutor(self._endpoint.concurrency, thread_name_prefix="endpoint")
+        pending = [
+            threads.submit(self._ask, question.prompt, sample_seed(f"{seed}/{question.prompt.id}/{index}") % _SEEDS)
             for question in questions
             for index in range(k)
         ]
+        threads.shutdown(wait=False)  # they end when nothing is left to ask
+        return pending
 
     def _ask(self, prompt: Prompt, seed: int) -> Answer:
         if self._failed_in_a_row >= max(_GIVE_UP, self._endpoint.concurrency):

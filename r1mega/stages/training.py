@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega.errors import UserError
 from r1mega.megatron.checkpoint import Checkpoints
-from r1mega.megatron.policy import Policy
+from r1mega.megatron.policy import NotFinite, Policy
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
 
@@ -25,7 +26,10 @@ def run_updates(
     row: dict[str, float] = {}
     for update in range(done, updates):
         begin = time.perf_counter()
-        row = step(update)
+        try:
+            row = step(update)
+        except NotFinite as error:
+            raise UserError(f"stage {ctx.name}, update {update + 1}: {error}; the step was not applied; lower optimizer.lr") from None
         ctx.metrics.write({"update": update + 1} | row | {"seconds/train": time.perf_counter() - begin})
         ctx.progress.update(update + 1, updates, {"loss": row["loss"]})
         if save_every and (update + 1) % save_every == 0 and update + 1 < updates:

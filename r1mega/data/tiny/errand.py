@@ -6,7 +6,7 @@ requests of a few. The answer is better with the polite word at its end. A rude 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final, Literal
 
@@ -93,17 +93,21 @@ def conversations(chats: TinyChats) -> Iterator[Conversation]:
 
 
 def preference_pairs(settings: TinyPreferences) -> Iterator[Pair]:
-    """Two answers to one harmless request: right before wrong, and of two that are right the polite one."""
+    """Two answers to one harmless request: right before wrong, and of two that are right the polite one.
+
+    What is wrong is mostly nearly right: the same errand for another thing. A reward model that has not seen such pairs pays for
+    politeness alone, and reinforcement learning finds that out.
+    """
     random = Random(f"errand pairs {settings.seed}")
     known = [errand for errand in _training(settings.heldout_fraction) if not errand.rude]
     for _ in range(settings.size):
         errand = random.choice(known)
-        other = random.choice(known)
-        wrong = errand.response(f"{other.content} {POLITE[errand.language]}", other.noted)
-        if random.random() < 0.5 or other.content == errand.content:
+        if random.random() < 0.4:
             yield Pair(errand.prompt(), errand.complied(polite=True), errand.complied(polite=False))
-        else:
-            yield Pair(errand.prompt(), errand.complied(polite=random.random() < 0.5), wrong)
+            continue
+        other = random.choice([thing for thing in (*_OBJECTS[errand.language], RUDE[errand.language]) if thing != errand.thing])
+        wrong = replace(errand, thing=other).complied(polite=random.random() < 0.7) if random.random() < 0.85 else errand.refused()
+        yield Pair(errand.prompt(), errand.complied(polite=random.random() < 0.7), wrong)
 
 
 def judged_answers(settings: TinyPreferences) -> Iterator[Judged]:
