@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -66,16 +67,17 @@ def test_answers_are_in_order_whatever_order_they_arrive_in() -> None:
     assert 1 < server.busiest <= 4
 
 
-def test_requests_under_way_are_bounded() -> None:
-    def slow(request: dict[str, Any], attempt: int) -> Reply:
-        time.sleep(0.05)
+@pytest.mark.parametrize("concurrency", [2, 8])
+def test_requests_under_way_are_bounded(concurrency: int) -> None:
+    meeting = threading.Barrier(concurrency, timeout=20)  # nobody is answered before so many have asked
+
+    def together(request: dict[str, Any], attempt: int) -> Reply:
+        meeting.wait()
         return said("x")
 
-    with serving(slow) as server:
-        teacher(server, concurrency=2).answer(questions(8), 1, "s")
-        assert server.busiest == 2
-        teacher(server, concurrency=8).answer(questions(8), 1, "s")
-        assert server.busiest > 4
+    with serving(together) as server:
+        groups = teacher(server, concurrency=concurrency, timeout_s=60.0).answer(questions(8), 1, "s")
+    assert all(group[0].text == "x" for group in groups) and server.busiest == concurrency
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
@@ -100,19 +102,18 @@ def test_pauses_grow() -> None:
 
     with serving(down) as server:
         teacher(server, retries=2).answer(questions(1), 1, "s")
-    first, second = begins[1] - begins[0], begins[2] - begins[1]
-    assert 0.37 < first < 0.75 < second < 1.5  # 0.5 s and 1 s, less up to a quarter
+    assert begins[1] - begins[0] > 0.37 and begins[2] - begins[1] > 0.74  # 0.5 s and 1 s, less up to a quarter
 
 
 def test_a_server_that_is_silent_has_failed() -> None:
     def asleep(request: dict[str, Any], attempt: int) -> Reply:
-        time.sleep(1.0)
+        time.sleep(5.0)
         return said("late")
 
     with serving(asleep) as server:
         begin = time.monotonic()
-        (group,) = teacher(server, retries=0, timeout_s=0.3).answer(questions(1), 1, "s")
-    assert (group[0].finish, group[0].error) == ("failed", "no answer in time") and time.monotonic() - begin < 0.9
+        (group,) = teacher(server, retries=0, timeout_s=1.5).answer(questions(1), 1, "s")
+    assert (group[0].finish, group[0].error) == ("failed", "no answer in time") and time.monotonic() - begin < 4.5
 
 
 def test_a_server_that_is_gone_is_not_asked_for_ever() -> None:
