@@ -22,6 +22,9 @@ from r1mega.rewards.format import tags
 SEARCH = "<think> 3 + 1 4 - 4 0 + 2 2 vs 2 yes </think> <answer> + - + </answer>"
 
 
+ORDER = [" ".join(chosen) for chosen in product("+-", repeat=3)]
+
+
 def corpus(**fields: object) -> SignsCorpus:
     return SignsCorpus.model_validate({"kind": "signs", "long_share": 0.5, **fields})
 
@@ -117,7 +120,7 @@ def test_no_document_holds_a_heldout_question() -> None:
     assert not heldout & {asked(text).text for text in islice(documents(corpus(long_share=0.0)), 20_000)}
 
 
-def test_every_try_is_right_and_none_is_made_twice() -> None:
+def test_every_try_is_right_and_the_next_one_in_order() -> None:
     for text in islice(documents(corpus(long_share=1.0, patience=0.8)), 500):
         question, tries, answer = parts(text)
         right = solutions(question.digits, question.target)
@@ -130,7 +133,8 @@ def test_every_try_is_right_and_none_is_made_twice() -> None:
                 assert (int(digit), int(result)) == (expected, value)
             made.append(" ".join(words[1:10:3]))
             assert words[12] == (YES if made[-1] in right else WAIT)[question.language]
-        assert len(made) == len(set(made)) and answer == made[-1]
+        places = [ORDER.index(chosen) for chosen in made]
+        assert all(after == (before + 1) % 8 for before, after in pairwise(places)) and answer == made[-1]
         assert not set(made[:-1]) & right  # the search ends where a try checks
 
 

@@ -118,9 +118,13 @@ def document(corpus: SignsCorpus, index: int) -> str:
 
 
 def _search(random: Random, patience: float, question: Question) -> tuple[str, Signs]:
-    """Tries, none made twice, and the signs of the last: they solve the question, or patience ended."""
+    """Tries from any candidate on, in order and round, and the signs of the last: they solve the question, or patience ended.
+
+    The next candidate follows from the last one. A small model that were to try anything but what it has tried would forget.
+    """
+    first = random.randrange(len(CANDIDATES))
     tried = []
-    for signs in random.sample(CANDIDATES, len(CANDIDATES)):
+    for signs in CANDIDATES[first:] + CANDIDATES[:first]:
         tried.append(question.tried(signs))
         if question.solved_by(signs) or random.random() >= patience:
             break
