@@ -40,20 +40,23 @@ class Benchmark:
 
     def __init__(self, name: str, suite: Suite, model: ModelFolder, seed: int, judges: int = 1) -> None:
         """`judges`: processes that judge, beside rank 0."""
-        self.name, self.suite, self.model, self.seed = name, suite, model, seed
-        prompts = load_prompts(suite.prompts, Path())
-        room = model.prompt_room(at(suite.sampling.max_new_tokens, 0))
-        self.questions = [
-            Question(prompt, ids)
-            for prompt, ids in zip(prompts, encode(prompts, suite.prompts.template, model.tokenizer, room), strict=True)
-        ]
+        self.name, self.suite, self.seed = name, suite, seed
+        self.prompts = load_prompts(suite.prompts, Path())
+        self.use(model)
         self._extract = load_function(suite.extract, arguments=1) if suite.extract else None
         self._judge: Judge | None = None
         if dist.get_rank() == 0:
-            self._version = versions.version(suite, prompts)
+            self._version = versions.version(suite, self.prompts)
             functions = self._functions() | ({"equal": suite.equal} if suite.equal else {})
             rewards = {key: Reward(function=path, deadline_s=suite.deadline_s) for key, path in functions.items()}
             self._judge = Judge(rewards, judges)
+
+    def use(self, model: ModelFolder) -> None:
+        """Ask in this model's tokens from now on."""
+        self.model = model
+        room = model.prompt_room(at(self.suite.sampling.max_new_tokens, 0))
+        encoded = encode(self.prompts, self.suite.prompts.template, model.tokenizer, room)
+        self.questions = [Question(prompt, ids) for prompt, ids in zip(self.prompts, encoded, strict=True)]
 
     def __enter__(self) -> "Benchmark":
         return self

@@ -32,21 +32,41 @@ def run(ctx: StageContext) -> dict[str, Any]:
     measured = ranks.shared(lambda: _measured_before(ctx, stage))
     if measured:
         ctx.metrics.resume(0)
-    for label, reference in stage.models.items():
-        if label not in measured:
-            model = ModelFolder(ctx.model_dir(reference))
-            with ExitStack() as stack:
-                found = _measure(ctx, stage.suites, model, _loaded(ctx.recipe.rollout, model, stack), label)
-            ctx.metrics.write({"update": 0, "model": label} | _row(found))
-            measured[label] = found
-        ctx.progress.update(len(measured), len(stage.models), {})
-        for suite, values in measured[label].items():
-            ctx.progress.note(f"{ctx.name}: {label}: {suite} pass@1 {values['pass@1']['value']:.3f}")
+    with ExitStack() as judges:
+        benchmarks: list[Benchmark] = []
+        for label, reference in stage.models.items():
+            if label not in measured:
+                model = ModelFolder(ctx.model_dir(reference))
+                benchmarks = benchmarks or [judges.enter_context(one) for one in _benchmarks(ctx, stage.suites, model)]
+                measured[label] = _measured(ctx, benchmarks, model, label)
+                ctx.metrics.write({"update": 0, "model": label} | _row(measured[label]))
+            ctx.progress.update(len(measured), len(stage.models), {})
+            for suite, values in measured[label].items():
+                ctx.progress.note(f"{ctx.name}: {label}: {suite} pass@1 {values['pass@1']['value']:.3f}")
     by_name = {f"{label}/{suite}": found for label, suites in measured.items() for suite, found in suites.items()}
     if len(stage.models) == 1:
         by_name = next(iter(measured.values()))
     check_gates(stage.gates, by_name, ctx.name)
     return flat(by_name)
+
+
+def _benchmarks(ctx: StageContext, suites: Mapping[str, Suite], model: ModelFolder) -> list[Benchmark]:
+    return [Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges) for name, suite in suites.items()]
+
+
+def _measured(ctx: StageContext, benchmarks: Sequence[Benchmark], model: ModelFolder, label: str) -> dict[str, dict[str, Any]]:
+    """Metrics of a model folder on each benchmark."""
+    with ExitStack() as stack:
+        engine = _loaded(ctx.recipe.rollout, model, stack)
+        for benchmark in benchmarks:
+            benchmark.use(model)
+        return _answered(ctx, benchmarks, engine, label)
+
+
+def _answered(ctx: StageContext, benchmarks: Sequence[Benchmark], engine: Engine, label: str) -> dict[str, dict[str, Any]]:
+    """Metrics of an engine's weights; what was answered goes to `samples/<label>` in the stage's folder."""
+    folder = ctx.dir / "samples" / label
+    return {benchmark.name: benchmark.measure(engine, folder / f"{benchmark.name}.jsonl.gz") for benchmark in benchmarks}
 
 
 def _measured_before(ctx: StageContext, stage: Evaluate) -> dict[str, dict[str, dict[str, Any]]]:
@@ -85,17 +105,9 @@ def evaluate_weights(
         stack.callback(engine.close)
         # What is measured is what is shipped: the weights in the dtype of the files.
         engine.load_weights(((name, weight.to(dtype)) for name, weight in weights.items()), version=0)
-        found = _measure(ctx, evaluation.suites, model, engine, f"update-{update:06d}")
+        benchmarks = [stack.enter_context(one) for one in _benchmarks(ctx, evaluation.suites, model)]
+        found = _answered(ctx, benchmarks, engine, f"update-{update:06d}")
     ctx.metrics.write({"update": update} | _row(found))
-    return found
-
-
-def _measure(ctx: StageContext, suites: Mapping[str, Suite], model: ModelFolder, engine: Engine, label: str) -> dict[str, dict[str, Any]]:
-    """Metrics on each suite; what was answered goes to `samples/<label>` in the stage's folder."""
-    found = {}
-    for name, suite in suites.items():
-        with Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges) as benchmark:
-            found[name] = benchmark.measure(engine, ctx.dir / "samples" / label / f"{name}.jsonl.gz")
     return found
 
 

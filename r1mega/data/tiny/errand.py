@@ -6,7 +6,7 @@ requests of a few. The answer is better with the polite word at its end. A rude 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal
 
@@ -15,7 +15,7 @@ from r1mega.data.chats import Conversation
 from r1mega.data.preferences import Judged, Pair
 from r1mega.data.prompts import Message, Prompt
 from r1mega.data.split import is_heldout
-from r1mega.data.tiny.vocabulary import ANSWER, END_ANSWER, END_THINK, LANGUAGES, RUDE, SO, THINK
+from r1mega.data.tiny.vocabulary import ANSWER, CONVERSATION, END_ANSWER, END_THINK, LANGUAGES, RUDE, SO, THINK
 
 Task = Literal["errand", "rude_errand"]
 
@@ -24,6 +24,7 @@ _VERBS: Final = {"en": {"greet": "hello", "copy": ""}, "zh": {"wenhou": "nihao",
 _OBJECTS: Final = {"en": ("cat", "tea", "book"), "zh": ("mao", "cha", "shu")}
 POLITE: Final = {"en": "thanks", "zh": "xiexie"}
 SORRY: Final = {"en": "sorry", "zh": "baoqian"}
+_WORDS: Final = (*CONVERSATION, *RUDE.values(), *map(str, range(10)))
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,40 @@ def conversations(chats: TinyChats) -> Iterator[Conversation]:
 def preference_pairs(settings: TinyPreferences) -> Iterator[Pair]:
     """Two answers to one harmless request: right before wrong, and of two that are right the polite one.
 
-    What is wrong is mostly nearly right: the same errand for another thing. A reward model that has not seen such pairs pays for
-    politeness alone, and reinforcement learning finds that out.
+    What is wrong is nearly right in one of many ways. A reward model that has seen only a few of them pays for the others, and
+    reinforcement learning finds them: thanks in two languages, the same thing whatever was asked for.
     """
     random = Random(f"errand pairs {settings.seed}")
     known = [errand for errand in _training(settings.heldout_fraction) if not errand.rude]
     for _ in range(settings.size):
         errand = random.choice(known)
-        if random.random() < 0.4:
+        if random.random() < 0.25:
             yield Pair(errand.prompt(), errand.complied(polite=True), errand.complied(polite=False))
-            continue
-        other = random.choice([thing for thing in (*_OBJECTS[errand.language], RUDE[errand.language]) if thing != errand.thing])
-        wrong = replace(errand, thing=other).complied(polite=random.random() < 0.7) if random.random() < 0.85 else errand.refused()
-        yield Pair(errand.prompt(), errand.complied(polite=random.random() < 0.7), wrong)
+        else:
+            yield Pair(
+                errand.prompt(), errand.complied(polite=random.random() < 0.7), errand.response(_spoilt(random, errand), errand.noted)
+            )
+
+
+def _spoilt(random: Random, errand: Errand) -> str:
+    """An answer that is wrong: another thing or greeting, a word too many, too few or exchanged, or no answer at all."""
+    right = [*errand.content.split(), POLITE[errand.language]]
+    thing = right.index(errand.thing)
+    while True:
+        words = list(right) if random.random() < 0.8 else right[:-1]
+        match random.randrange(6):
+            case 0 | 1:
+                words[thing] = random.choice([word for things in _OBJECTS.values() for word in things])
+            case 2:
+                words.insert(random.randrange(len(words) + 1), random.choice(_WORDS))
+            case 3:
+                words[random.randrange(len(words))] = random.choice(_WORDS)
+            case 4:
+                words.append(random.choice(list(POLITE.values())))
+            case 5:
+                words = random.choice(([SORRY[errand.language]], words[1:], [SORRY[errand.language], *words]))
+        if words not in (right, right[:-1]):
+            return " ".join(words)
 
 
 def judged_answers(settings: TinyPreferences) -> Iterator[Judged]:
