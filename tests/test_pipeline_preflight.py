@@ -189,6 +189,39 @@ def test_prompts_of_a_later_stage_are_held_against_the_model_it_comes_from(tiny:
     assert refused(tiny, "stages.check.suites.own.sampling.max_new_tokens=100000").startswith("'stages.check.suites.own.prompts': ")
 
 
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            "{kind: distill, model: base, teacher: other, method: logits, data: {own: {kind: file, path: sums.jsonl}}, updates: 1, "
+            "optimizer: {lr: 1e-4}}",
+            "'stages.later.teacher': the student .*base and the teacher .*other have different tokenizers",
+        ),
+        (
+            "{kind: preference, model: base, loss: pairwise, sees: all, data: {kind: file, path: sums.jsonl}, optimizer: {lr: 1e-4}}",
+            "'stages.later.data': .*sums.jsonl:1: no field 'chosen'",
+        ),
+        (
+            "{kind: rejection, endpoint: {url: 'http://127.0.0.1:1/v1', model: big, key_variable: R1MEGA_NO_SUCH_KEY}, "
+            "prompts: {source: {kind: tiny, task: running_sum}}}",
+            "'stages.later.endpoint': the environment variable R1MEGA_NO_SUCH_KEY, .* is not set",
+        ),
+    ],
+)
+def test_what_a_later_stage_needs_is_found_before_the_first_begins(tiny: Path, stage: str, message: str) -> None:
+    shutil.copytree(tiny.parent / "base", tiny.parent / "other")
+    tokenizer = tiny.parent / "other" / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), indent=3))
+    tiny.write_text(tiny.read_text() + f"  later: {stage}\n")
+    assert re.match(message, refused(tiny))
+
+
+def test_a_language_model_is_no_reward_model(tiny: Path) -> None:
+    shutil.copytree(tiny.parent / "base", tiny.parent / "other")
+    weighed = f"stages.zero.reward_models={{helpful: {{model: {tiny.parent / 'other'}}}}}"
+    assert re.match("stages.zero: .*other: not a reward model: ", refused(tiny, weighed))
+
+
 def test_a_machine_without_a_gpu_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -189,7 +189,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     shutil.copytree(BASE, other)
     text = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(text | {"version": "1.0"}, indent=1))
-    with pytest.raises(UserError, match=r"stage learn: student .*other and teacher .*base have different tokenizers"):
+    with pytest.raises(UserError, match=r"the student .*other and the teacher .*base have different tokenizers"):
         run(tmp_path / "a", recipe(tmp_path, other, "logits"))
     with pytest.raises(UserError, match="top_k=128 leaves nothing of a vocabulary of 128; lower it"):
         run(tmp_path / "b", recipe(tmp_path, BASE, "logits", top_k=128))

@@ -90,3 +90,12 @@ class ModelFolder:
             with self.open() as reader:
                 values = {**values, **{tensor.name: reader.read(tensor.name, Box.whole(tensor.shape)) for tensor in untouched}}
         save(target, self.arch, values, Encoding(dtype))
+
+
+def check_same_tokens(student: ModelFolder, teacher: ModelFolder) -> None:
+    """UserError unless both give the same meaning to token ids."""
+    if student.tokenizer_digest != teacher.tokenizer_digest:
+        raise UserError(
+            f"the student {student.path} and the teacher {teacher.path} have different tokenizers, and distributions are compared token "
+            "by token; take a teacher with the student's tokenizer.json, or train on its answers (rejection, sft)"
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1mega.config.base import FunctionMark, PathMark, at, largest
-from r1mega.config.chats import FileChats
+from r1mega.config.chats import FileChats, FilePreferences
 from r1mega.config.evaluation import Suite
 from r1mega.config.prompts import PromptSet
 from r1mega.config.schema import Recipe
@@ -89,7 +89,7 @@ def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
                     _check_layout(recipe, stage, arch)
                 if isinstance(stage, Grpo):
                     for reward in stage.reward_models.values():
-                        _check_shapes(arch, Architecture.from_hf(read_config(origin(recipe, reward.model))), reward.model)
+                        _check_reward_model(recipe, arch, reward.model, inputs)
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from None
 
@@ -109,8 +109,15 @@ def _check_layout(recipe: Recipe, stage: Stage, arch: "Architecture") -> None:
     stages(arch, layout)
 
 
-def _check_shapes(policy: "Architecture", reward_model: "Architecture", reference: str) -> None:
-    if policy.scored() != reward_model.scored():
+def _check_reward_model(recipe: Recipe, policy: "Architecture", reference: str, inputs: bool) -> None:
+    from r1mega.weights.architecture import Architecture, read_config, reward_architecture
+
+    folder = origin(recipe, reference)
+    if not inputs and not (folder / "config.json").is_file():
+        return
+    if reference not in recipe.stages:
+        reward_architecture(folder, policy)
+    elif Architecture.from_hf(read_config(folder)).scored() != policy.scored():
         raise UserError(
             f"the reward model {reference!r} is scored on the policy's model and must have its shapes; train it from one like it"
         )
@@ -146,7 +153,10 @@ def check_contents(recipe: Recipe) -> None:
                     lengths[known] = _longest(prompts, model, cap, asked)
                 if isinstance(stage, Grpo) and asked.startswith(f"{where}.prompts."):
                     _check_chunk(stage, recipe, lengths[known] + cap, where)
-        _check_first_chats(stage, where)
+        if isinstance(stage, Distill):
+            _check_pair(folders[origin(recipe, stage.model)], folders[origin(recipe, stage.teacher)], f"{where}.teacher")
+        _check_first_rows(stage, where)
+        _check_endpoints(stage, where)
 
 
 def _check_folder(model: "ModelFolder", made: bool, key: str) -> None:
@@ -160,16 +170,44 @@ def _check_folder(model: "ModelFolder", made: bool, key: str) -> None:
         raise UserError(f"'{key}': {error}") from None
 
 
-def _check_first_chats(stage: Stage, where: str) -> None:
-    """The first row of every file of conversations: its fields are those of all the others, mostly."""
-    from r1mega.data.chats import read_chats
+def _check_pair(student: "ModelFolder", teacher: "ModelFolder", key: str) -> None:
+    from r1mega.pipeline.model_folder import check_same_tokens
 
-    for name, chats in stage.data.items() if isinstance(stage, Sft | Distill) else ():
-        if isinstance(chats, FileChats):
-            try:
+    try:
+        check_same_tokens(student, teacher)
+    except UserError as error:
+        raise UserError(f"'{key}': {error}") from None
+
+
+def _check_first_rows(stage: Stage, where: str) -> None:
+    """The first row of every file of conversations or judged answers: its fields are those of all the others, mostly."""
+    from r1mega.data.chats import read_chats
+    from r1mega.data.preferences import read_judged, read_pairs
+
+    try:
+        if isinstance(stage, Preference) and isinstance(stage.data, FilePreferences):
+            where = f"{where}.data"
+            next(read_pairs(stage.data) if stage.loss == "pairwise" else read_judged(stage.data))
+        for name, chats in stage.data.items() if isinstance(stage, Sft | Distill) else ():
+            if isinstance(chats, FileChats):
+                where = f"{where}.data.{name}"
                 next(read_chats(chats))
-            except UserError as error:
-                raise UserError(f"'{where}.data.{name}': {error}") from None
+    except UserError as error:
+        raise UserError(f"'{where}': {error}") from None
+
+
+def _check_endpoints(stage: Stage, where: str) -> None:
+    """The package and the API key that a server is asked with; whether it answers is found out when its stage begins."""
+    if not isinstance(stage, Rejection):
+        return
+    from r1mega.rollout.openai import credentials
+
+    for key, endpoint in (("endpoint", stage.endpoint), ("judge_endpoint", stage.judge_endpoint)):
+        try:
+            if endpoint is not None:
+                credentials(endpoint)
+        except UserError as error:
+            raise UserError(f"'{where}.{key}': {error}") from None
 
 
 def models_of(stage: Stage) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
@@ -27,6 +28,13 @@ _GIVE_UP = 16
 """Failed requests in a row after which a server is taken to be gone; more where more are under way at once."""
 _SEEDS = 2**31
 """Servers differ in the integers that they take for a seed; all take these."""
+
+
+def credentials(endpoint: Endpoint) -> str | None:
+    """The API key, None where the endpoint names none. UserError: the variable that holds it is not set, or openai is not installed."""
+    if find_spec("openai") is None:
+        raise UserError("an endpoint is asked through the openai package; install it: pip install 'r1mega[endpoint]'")
+    return env.secret(endpoint.key_variable) if endpoint.key_variable else None
 
 
 class EndpointTeacher:
@@ -66,12 +74,10 @@ class _Server:
     """The connection, on rank 0."""
 
     def __init__(self, endpoint: Endpoint, sampling: Sampling) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise UserError("an endpoint is asked through the openai package; install it: pip install 'r1mega[endpoint]'") from None
+        self._key = credentials(endpoint)
+        import openai
+
         self._openai, self._endpoint = openai, endpoint
-        self._key = env.secret(endpoint.key_variable) if endpoint.key_variable else None
         self._client = openai.OpenAI(
             base_url=endpoint.url,
             api_key=self._key or "none",

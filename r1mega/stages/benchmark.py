@@ -168,7 +168,8 @@ class Benchmark:
             found = codeforces.expected_rating(contests, results, humans, self.suite.rating.attempts, self.seed)
         except ValueError as error:
             raise UserError(f"suite {self.name}: 'rating': {error}") from None
-        return {key: found[key] for key in ("rating", "percentile")}
+        # Of less than 1 the rating is a lower bound: a problem that was not asked counts as not solved.
+        return {"rating": found["rating"], "percentile": found["percentile"], "problems_asked": found["answered"] / found["problems"]}
 
     def _check_judged(self, key: str, reasons: Sequence[str | None]) -> None:
         """A function that fails says nothing about the model."""

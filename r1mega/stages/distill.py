@@ -21,7 +21,7 @@ from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
 from r1mega.objectives.distillation import forward_kl, reverse_kl_loss, tail_mass
 from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
-from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.pipeline.model_folder import ModelFolder, check_same_tokens
 from r1mega.rollout.ask import Question, ask, scores
 from r1mega.rollout.engine import Engine, Sample, SamplingParams, Scores, Scoring
 from r1mega.rollout.open import open_engine
@@ -40,7 +40,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     stage = ctx.stage
     assert isinstance(stage, Distill)
     student, teacher = ModelFolder(ctx.model_dir(stage.model)), ModelFolder(ctx.model_dir(stage.teacher))
-    check_pair(student, teacher, ctx.name)
+    check_same_tokens(student, teacher)
     policy = Policy(student.arch, ctx.layout, stage.train, stage.optimizer, ctx.seed)
     with student.open() as reader:
         policy.exchange.load(reader.read)
@@ -59,15 +59,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
     measured = evaluate_weights(ctx, stage.evaluation, student, weights, dtype, stage.updates)
     export(ctx, student, weights, dtype)
     return {"loss": row["loss"], "updates": stage.updates} | (flat(measured) if measured else {})
-
-
-def check_pair(student: ModelFolder, teacher: ModelFolder, stage: str) -> None:
-    """UserError unless both give the same meaning to token ids."""
-    if student.tokenizer_digest != teacher.tokenizer_digest:
-        raise UserError(
-            f"stage {stage}: student {student.path} and teacher {teacher.path} have different tokenizers, and the method compares token by "
-            "token; take a teacher with the student's tokenizer.json, or train on its answers (rejection, sft)"
-        )
 
 
 class _Lesson(Protocol):

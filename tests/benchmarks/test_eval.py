@@ -162,6 +162,7 @@ def test_programs_are_run_and_rated(results: dict[str, Any]) -> None:
     assert (metrics["pass@1"]["value"], metrics["n_prompts"], "cons@2" in metrics) == (pytest.approx(2 / 3), 3, False)
     # 1,500 points are as good as the second of four, who had 1800.
     assert 1500 < metrics["rating"]["value"] < 2100 and metrics["percentile"]["value"] == 80.0
+    assert metrics["problems_asked"] == 1.0
 
 
 def test_a_tiny_model_really_answers(byte_model: Path, tmp_path: Path) -> None:
