@@ -6,14 +6,11 @@ The scale is stored as `weight_scale_inv` and multiplies the codes. Blocks at th
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from r1mega.weights.blocks import BLOCK as BLOCK
+from r1mega.weights.blocks import scale_shape as scale_shape
+
 _E4M3_MAX = 448.0
 _SIGN_EXPONENT_MANTISSA = 0x87F00000 - 2**32  # as a signed 32-bit number
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of a matrix of this shape."""
-    return tuple(-(-extent // BLOCK) for extent in shape)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
