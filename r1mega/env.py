@@ -1,6 +1,7 @@
 """The one place that reads the process environment."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from r1mega.errors import UserError
@@ -49,3 +50,26 @@ def for_ranks(threads_per_rank: int, platform: str) -> dict[str, str]:
         # Megatron-Core's overlap of tensor-parallel communication needs one hardware queue on Hopper.
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return env
+
+
+_OF_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_", "GROUP_", "LOCAL_", "TORCHELASTIC_", "PYTHON", "VIRTUAL_ENV")
+"""How variables begin that tell torch of this run's ranks, and Python of the trainer's modules."""
+
+
+def for_servers(threads: int, tp: int, platform: str, more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an engine's server, which has its own interpreter and its own ranks.
+
+    Args:
+        threads: BLAS threads of a server's process on a CPU.
+        tp: ranks of the server.
+        more: further variables.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_RANKS)}
+    env |= {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": env.get("HF_HUB_OFFLINE", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    if platform == "cpu":
+        env |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
+        if tp > 1:
+            # SGLang refuses more ranks than NUMA nodes unless each is given its cores.
+            cores = sorted(os.sched_getaffinity(0))
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
+    return env | dict(more)

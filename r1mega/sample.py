@@ -62,8 +62,7 @@ class Model:
         # The smallest prompt is one token; a real one is held against the context when it is asked.
         self._folder.prompt_room(settings.max_new_tokens or 1)
         self._engine = open_engine(Rollout(), path)
-        with self._folder.open() as reader:
-            self._engine.load_weights(reader.tensors(self._folder.arch), version=0)
+        self._engine.sync(self._folder, version=0)
 
     def ask(self, question: str) -> Reply:
         """Draw a response. The same question asked again gets another one; the n-th question after a start always the same."""

@@ -17,9 +17,7 @@ class EngineLayout(Closed):
     tp: int = Field(1, ge=1, description="GPUs of one server (--tp-size)")
     ep: int = Field(1, ge=1, description="ranks over which a server's experts are spread; the other tp / ep cut each expert (--ep-size)")
     attn_dp: int = Field(1, ge=1, description="copies of the attention in one server, each over tp / attn_dp GPUs (--attn-dp-size)")
-    dense_tp: Literal["tp", "whole"] = Field(
-        "tp", description="'whole': every GPU holds all of the dense MLPs (--moe-dense-tp-size 1)"
-    )
+    dense_tp: Literal["tp", "whole"] = Field("tp", description="'whole': every GPU holds all of the dense MLPs (--moe-dense-tp-size 1)")
     shared_experts: Literal["tp", "fused", "whole"] = Field(
         "tp",
         description="'tp': cut over the GPUs; 'fused': one more routed expert, SGLang's choice for DeepSeek-V3 on CUDA unless ep > 1 or "

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from r1mega.config.base import Closed, NonNegativeSchedule, PositiveSchedule, RewardFunction, Schedule, ShareSchedule
+from r1mega.config.base import Closed, FilePath, NonNegativeSchedule, PositiveSchedule, RewardFunction, Schedule, ShareSchedule
+from r1mega.config.engine_layout import EngineLayout
 
 
 class Sampling(Closed):
@@ -17,12 +18,54 @@ class Sampling(Closed):
     max_new_tokens: PositiveSchedule = Field(1024, description="length cap of a response in tokens; a schedule over updates")
 
 
+class Sglang(Closed):
+    """SGLang servers: how they are started or found, asked, and given weights."""
+
+    python: FilePath | None = Field(
+        None,
+        description="interpreter of the environment with SGLang, which the trainer does not share; null: .venv-sglang of the checkout, "
+        "made by tools/install_sglang_cpu",
+    )
+    addresses: tuple[str, ...] = Field(
+        (), description="servers that run already, as http://host:port; none are started then, and `layout` says how those are cut"
+    )
+    key_variable: str | None = Field(
+        None, description="environment variable with the API key of `addresses`; servers that a run starts get a random key"
+    )
+    layout: EngineLayout = Field(default_factory=EngineLayout, description="how many servers, and how each is cut over its GPUs")
+    first_gpu: int = Field(0, ge=0, description="GPU of the first server's first rank; the others follow")
+    arguments: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server, such as --enable-metrics")
+    deterministic: bool = Field(
+        True,
+        description="draw by each request's seed alone, in SGLang's deterministic mode; false is faster on GPUs, and a retry draws anew",
+    )
+    max_total_tokens: int | None = Field(None, ge=1, description="tokens of the key-value cache; null: SGLang's choice, on a CPU 65,536")
+    max_running_requests: int = Field(64, ge=1, description="sequences that a server decodes at once")
+    mem_fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of GPU memory for weights and key-value cache (--mem-fraction-static); null: SGLang's choice"
+    )
+    start_timeout_s: float = Field(600.0, gt=0, description="seconds in which a server must be ready")
+    request_timeout_s: float = Field(1800.0, gt=0, description="seconds for one response, or one step of a weight sync")
+    concurrency: int = Field(64, ge=1, description="requests of one rank under way at once, over all servers")
+    retries: int = Field(3, ge=0, description="further attempts for a request that failed, for a dead server and for a sync")
+    transport: Literal["tensor", "distributed", "disk"] = Field(
+        "tensor",
+        description="how weights reach servers: tensor: in requests, from any rank; distributed: by a broadcast of rank 0, over NCCL or "
+        "gloo; disk: by files in the run's folder, which servers must see",
+    )
+    bucket_bytes: int = Field(2**28, ge=1, description="bytes of weights that are gathered and sent at once")
+    checksums: Literal["all", "none"] = Field(
+        "all", description="all: after every sync compare the checksum of every parameter of a server, which CPU servers can; none: do not"
+    )
+
+
 class Rollout(Closed):
     """The engine that generates."""
 
     engine: Literal["local", "sglang"] = Field("local", description="local: in the trainer's processes, on CPU; sglang: servers")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the engine's weights")
     batch: int = Field(512, ge=1, description="most sequences decoded at once by one embedded engine")
+    sglang: Sglang = Field(default_factory=Sglang, description="the servers of engine=sglang")
 
 
 class Reward(Closed):

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
@@ -17,13 +17,15 @@ from r1mega.weights.canonical import canonical
 from r1mega.weights.moving import assemble, gather_local, load_local
 from r1mega.weights.placement import LocalParam, Spelling, placement
 from r1mega.weights.plan import ExportPlan, export_plan
+from r1mega.weights.sync import Bucket
+from r1mega.weights.wire import Wire
 
 Read = Callable[[str, Box], Tensor]
 """A region of a canonical tensor, by the tensor's Hugging Face name."""
 
 
 class Exchange:
-    """The weights of one rank and their place in the canonical coordinates."""
+    """The weights of one rank and their place in the canonical coordinates. A `WeightSource`."""
 
     def __init__(self, arch: Architecture, layout: Layout, weights: Mapping[tuple[int, str], Tensor]) -> None:
         self._arch, self._layout, self._weights = arch, layout, weights
@@ -66,6 +68,22 @@ class Exchange:
             return torch.randn(shapes[name], generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1)) * scale
 
         return lambda name, box: draw(name)[box.slices]
+
+    @property
+    def arch(self) -> Architecture:
+        """The model whose weights these are."""
+        return self._arch
+
+    def tensors(self, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
+        """See `gather`."""
+        return self.gather(dtype).items()
+
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None) -> Iterator[tuple[Bucket, Tensor | None]]:
+        """See `WeightSource.buckets`."""
+        from r1mega.weights.source import whole_buckets
+
+        found = self.gather(getattr(torch, wire.dtype))
+        return whole_buckets(self._arch, found.__getitem__, wire, limit)
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

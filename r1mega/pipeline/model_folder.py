@@ -1,6 +1,6 @@
 """A Hugging Face model folder: what a stage starts from and what it leaves behind."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
+from r1mega.weights.source import whole_buckets
+from r1mega.weights.sync import Bucket
+from r1mega.weights.wire import Wire
 
 
 class ModelFolder:
-    """Configuration, tokenizer and weights of one language model.
+    """Configuration, tokenizer and weights of one language model. A `WeightSource`.
 
     Raises:
         UserError: config.json, the tokenizer or a weight is missing or does not fit the others.
@@ -74,6 +77,17 @@ class ModelFolder:
         reader = Reader(self.path)
         reader.check(canonical(self.arch))
         return reader
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every canonical tensor in the dtype of the files (`WeightSource`)."""
+        with self.open() as reader:
+            yield from reader.tensors(self.arch)
+
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None) -> Iterator[tuple[Bucket, Tensor | None]]:
+        """The tensors in buckets (`WeightSource`)."""
+        shapes = {tensor.name: tensor.shape for tensor in canonical(self.arch)}
+        with self.open() as reader:
+            yield from whole_buckets(self.arch, lambda name: reader.read(name, Box.whole(shapes[name])), wire, limit)
 
     def write(self, target: Path, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """A copy of this folder with new weights. Tensors that `values` lacks (an untrained MTP layer) are taken over from here.

@@ -32,3 +32,21 @@ def collected(mine: Sequence[T]) -> list[T]:
     for index in range(max(map(len, parts))):
         whole += [part[index] for part in parts if index < len(part)]
     return whole
+
+
+def on_first(make: Callable[[], T]) -> T | None:
+    """What `make` returns on rank 0, which keeps it; None on the others."""
+    return make() if dist.get_rank() == 0 else None
+
+
+def gathered(item: T) -> list[T]:
+    """Every rank's item, in the order of the ranks."""
+    found: list[T] = [item] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        dist.all_gather_object(found, item)
+    return found
+
+
+def every(flag: bool) -> bool:
+    """Whether a flag is set on every rank."""
+    return all(gathered(flag))

@@ -1,10 +1,12 @@
 """What a rollout engine takes and gives. Stages know these types and nothing of any engine."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
+
+from r1mega.weights.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Sample:
     logprobs: tuple[float, ...]
     finish: Literal["stop", "length"]
     weight_version: int
+    """Of the weights that drew the last token."""
+    earlier_versions: tuple[tuple[int, int], ...] = ()
+    """(version, number of tokens) of the weights that drew what stands before, where a sync came in between."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,16 @@ class Scores:
 
 
 class Engine(Protocol):
-    """Anything that turns token ids into token ids."""
+    """Anything that turns token ids into token ids.
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take Hugging Face tensors (name, tensor) as the new weights; samples drawn from now on carry `version`."""
+    Every rank has one and calls it alike, each with its own share of the requests; an engine of servers is one engine on all ranks.
+    """
+
+    def sync(self, source: WeightSource, version: int) -> None:
+        """Take the weights of a source; samples drawn from now on carry `version`.
+
+        The source's weights stay as they are until the next sync: a server that is lost is started anew with them.
+        """
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order."""

@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from r1mega.errors import UserError
 from r1mega.rollout.cache import Decode, Pass, Prefill, RowCache
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
 from r1mega.rollout.hf import build, weight_places
+from r1mega.rollout.limits import check_requests
 from r1mega.rollout.sampling import draw, uniforms
 from r1mega.rollout.score import score
+from r1mega.weights.source import WeightSource
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass at most, padding included (a single prompt may be longer)."""
@@ -36,6 +38,10 @@ class LocalEngine:
         self._places = weight_places(self._model)
         self._max_batch = max_batch
         self._version: int | None = None
+
+    def sync(self, source: WeightSource, version: int) -> None:
+        """Take a source's weights; see `load_weights`."""
+        self.load_weights(source.tensors(self._model.dtype), version)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy Hugging Face tensors into the model by name; those of MTP layers are passed over, as `transformers` has none.
@@ -69,7 +75,8 @@ class LocalEngine:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
         if self._version is None:
             raise UserError("the rollout engine has no weights; load some before generating")
-        _check(requests, sampling, self._model.config)
+        config = self._model.config
+        check_requests(requests, sampling, config.vocab_size, config.max_position_embeddings)
         if not requests:
             return []
         return _Flight(self._model, requests, sampling, self._max_batch).run(self._version)
@@ -188,19 +195,3 @@ class _Flight:
             finish="stop" if self.stopped[index] else "length",
             weight_version=version,
         )
-
-
-def _check(requests: Sequence[Request], sampling: SamplingParams, config: PreTrainedConfig) -> None:
-    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-        raise UserError(f"sampling needs temperature >= 0 and 0 < top_p <= 1, got {sampling.temperature} and {sampling.top_p}")
-    for index, request in enumerate(requests):
-        prompt = request.prompt_ids
-        if not prompt or request.max_new_tokens < 1:
-            raise UserError(f"request {index}: {len(prompt)} prompt tokens, max_new_tokens={request.max_new_tokens}; both need at least 1")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise UserError(f"request {index}: a token id outside the vocabulary of {config.vocab_size}; is this the model's tokenizer?")
-        if len(prompt) + request.max_new_tokens > config.max_position_embeddings:
-            raise UserError(
-                f"request {index}: {len(prompt)} prompt tokens and max_new_tokens={request.max_new_tokens} exceed the model's context of "
-                f"{config.max_position_embeddings}; shorten one of them"
-            )

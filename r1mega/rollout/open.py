@@ -1,18 +1,32 @@
 """Which engine a recipe asks for."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from r1mega.config.chats import Endpoint
 from r1mega.config.rollout import Rollout, Sampling
-from r1mega.errors import UserError
 from r1mega.rollout.engine import Engine
 from r1mega.rollout.teacher import Teacher
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """Where an engine runs."""
+
+    platform: Literal["cpu", "cuda"]
+    folder: Path
+    """For logs, and for weights that travel by files."""
+    threads: int = 1
+    """BLAS threads of a server's process on a CPU."""
+
+
 def require(settings: Rollout) -> None:
     """UserError for an engine that cannot be opened."""
-    if settings.engine == "sglang":
-        raise UserError("rollout.engine=sglang is not available yet; use rollout.engine=local")
+    if settings.engine == "sglang" and not settings.sglang.addresses:
+        from r1mega.rollout.sglang_servers import interpreter
+
+        interpreter(settings.sglang)
 
 
 def open_endpoint(endpoint: Endpoint, sampling: Sampling) -> Teacher:
@@ -22,9 +36,16 @@ def open_endpoint(endpoint: Endpoint, sampling: Sampling) -> Teacher:
     return EndpointTeacher(endpoint, sampling)
 
 
-def open_engine(settings: Rollout, model_dir: Path) -> Engine:
-    """An engine for the model that `model_dir` describes, without weights yet."""
-    require(settings)
+def open_engine(settings: Rollout, model_dir: Path, where: Surroundings | None = None) -> Engine:
+    """An engine for the model that `model_dir` describes, without weights yet. Every rank calls it.
+
+    `where` is what servers need to know; the embedded engine does without.
+    """
+    if settings.engine == "sglang":
+        from r1mega.rollout.sglang import SglangEngine
+
+        assert where is not None, "servers write logs somewhere"
+        return SglangEngine(settings, model_dir, where)
     import torch
 
     from r1mega.rollout.local import LocalEngine

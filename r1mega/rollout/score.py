@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from r1mega.errors import UserError
 from r1mega.rollout.cache import RowCache, Whole
 from r1mega.rollout.engine import Scores, Scoring
+from r1mega.rollout.limits import check_scorings
 
 
 def score(model: PreTrainedModel, scorings: Sequence[Scoring], top_k: int, *, pass_tokens: int, pass_logits: int) -> list[Scores]:
@@ -17,7 +17,7 @@ def score(model: PreTrainedModel, scorings: Sequence[Scoring], top_k: int, *, pa
     One forward pass reads at most `pass_tokens` tokens, padding included (a single sequence may be longer), and at most `pass_logits`
     logits exist at a time. Raises UserError, before anything is scored, for a sequence that the model cannot take.
     """
-    _check(scorings, top_k, model.config)
+    check_scorings(scorings, top_k, model.config.vocab_size, model.config.max_position_embeddings)
     found: dict[int, Scores] = {}
     for places in _passes(scorings, pass_tokens):
         for place, hidden in zip(places, _read(model, [scorings[place] for place in places]), strict=True):
@@ -57,15 +57,3 @@ def _scores(head: torch.nn.Module, hidden: Tensor, labels: Tensor, top_k: int, p
         top = logprobs.topk(top_k, dim=-1)
         parts.append((logprobs.gather(1, wanted[:, None])[:, 0], top.indices, top.values))
     return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def _check(scorings: Sequence[Scoring], top_k: int, config: PreTrainedConfig) -> None:
-    if not 0 <= top_k <= config.vocab_size:
-        raise UserError(f"top_k={top_k} is not within the vocabulary of {config.vocab_size}")
-    for index, one in enumerate(scorings):
-        if not 1 <= one.start < len(one.ids):
-            raise UserError(f"sequence {index}: {len(one.ids)} tokens cannot be scored from token {one.start} on (the first is token 0)")
-        if min(one.ids) < 0 or max(one.ids) >= config.vocab_size:
-            raise UserError(f"sequence {index}: a token id outside the vocabulary of {config.vocab_size}; is this the model's tokenizer?")
-        if len(one.ids) > config.max_position_embeddings:
-            raise UserError(f"sequence {index}: {len(one.ids)} tokens exceed the model's context of {config.max_position_embeddings}")

@@ -36,8 +36,7 @@ class EngineTeacher:
         self.engine, self.model = engine, model
         self._params = SamplingParams(at(sampling.temperature, 0), at(sampling.top_p, 0), model.stop_token_ids)
         self._cap = int(at(sampling.max_new_tokens, 0))
-        with model.open() as reader:
-            engine.load_weights(reader.tensors(model.arch), version=0)
+        engine.sync(model, version=0)
 
     def answer(self, questions: Sequence[Question], k: int, seed: str) -> list[list[Answer]]:
         groups = ask(self.engine, questions, k, self._params, self._cap, seed, self.model.tokenizer)

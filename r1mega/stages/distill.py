@@ -24,7 +24,7 @@ from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder, check_same_tokens
 from r1mega.rollout.ask import Question, ask, scores
 from r1mega.rollout.engine import Engine, Sample, SamplingParams, Scores, Scoring
-from r1mega.rollout.open import open_engine
+from r1mega.stages.engines import opened
 from r1mega.stages.evaluate import evaluate_weights, flat
 from r1mega.stages.schedule import learning_rate
 from r1mega.stages.sft import encode
@@ -45,10 +45,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     with student.open() as reader:
         policy.exchange.load(reader.read)
     with ExitStack() as stack:
-        engine = open_engine(ctx.recipe.rollout, teacher.path)
-        stack.callback(engine.close)
-        with teacher.open() as reader:
-            engine.load_weights(reader.tensors(teacher.arch), version=0)
+        engine = opened(ctx, teacher.path, stack)
+        engine.sync(teacher, version=0)
         lesson: _Lesson
         if stage.method == "on_policy":
             lesson = _OnPolicy(ctx, stage, student, teacher, policy, engine, stack)
@@ -82,8 +80,7 @@ class _OnPolicy:
         stack: ExitStack,
     ) -> None:
         self.ctx, self.stage, self.student, self.policy, self.oracle = ctx, stage, student, policy, oracle
-        self.engine = open_engine(ctx.recipe.rollout, student.path)
-        stack.callback(self.engine.close)
+        self.engine = opened(ctx, student.path, stack)
         longest = largest(stage.sampling.max_new_tokens)
         room = min(student.prompt_room(longest), teacher.prompt_room(longest))
         prompts = stage.prompts
@@ -112,7 +109,7 @@ class _OnPolicy:
 
     def _answers(self, update: int) -> list[Sample]:
         stage = self.stage
-        self.engine.load_weights(self.policy.exchange.gather(getattr(torch, self.ctx.recipe.rollout.dtype)).items(), version=update)
+        self.engine.sync(self.policy.exchange, version=update)
         drawn = _drawn(len(self.questions), stage.batch // stage.samples_per_prompt, self.ctx.seed, update)
         sampling = SamplingParams(stop_token_ids=self.student.stop_token_ids)
         cap = int(at(stage.sampling.max_new_tokens, update))

@@ -20,6 +20,8 @@ from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout.engine import Engine
 from r1mega.rollout.open import open_engine
 from r1mega.stages.benchmark import Benchmark
+from r1mega.stages.engines import opened
+from r1mega.weights.source import Mapped
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def _benchmarks(ctx: StageContext, suites: Mapping[str, Suite], model: ModelFold
 def _measured(ctx: StageContext, benchmarks: Sequence[Benchmark], model: ModelFolder, label: str) -> dict[str, dict[str, Any]]:
     """Metrics of a model folder on each benchmark."""
     with ExitStack() as stack:
-        engine = _loaded(ctx.recipe.rollout, model, stack)
+        engine = opened(ctx, model.path, stack)
+        engine.sync(model, version=0)
         for benchmark in benchmarks:
             benchmark.use(model)
         return _answered(ctx, benchmarks, engine, label)
@@ -86,14 +89,6 @@ def _row(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"eval/{suite}/{key}": value for suite, found in metrics.items() for key, value in found.items()}
 
 
-def _loaded(rollout: Rollout, model: ModelFolder, stack: ExitStack) -> Engine:
-    engine = open_engine(rollout, model.path)
-    stack.callback(engine.close)
-    with model.open() as reader:
-        engine.load_weights(reader.tensors(model.arch), version=0)
-    return engine
-
-
 def evaluate_weights(
     ctx: StageContext, evaluation: Evaluation | None, model: ModelFolder, weights: Mapping[str, Tensor], dtype: torch.dtype, update: int
 ) -> dict[str, dict[str, Any]]:
@@ -101,10 +96,9 @@ def evaluate_weights(
     if evaluation is None:
         return {}
     with ExitStack() as stack:
-        engine = open_engine(ctx.recipe.rollout, model.path)
-        stack.callback(engine.close)
+        engine = opened(ctx, model.path, stack)
         # What is measured is what is shipped: the weights in the dtype of the files.
-        engine.load_weights(((name, weight.to(dtype)) for name, weight in weights.items()), version=0)
+        engine.sync(Mapped(model.arch, weights, dtype), version=0)
         benchmarks = [stack.enter_context(one) for one in _benchmarks(ctx, evaluation.suites, model)]
         found = _answered(ctx, benchmarks, engine, f"update-{update:06d}")
     ctx.metrics.write({"update": update} | _row(found))
@@ -121,7 +115,9 @@ def evaluate_directory(
     try:
         model = ModelFolder(folder)
         with ExitStack() as stack:
-            engine = _loaded(Rollout(), model, stack)
+            engine = open_engine(Rollout(), model.path)
+            stack.callback(engine.close)
+            engine.sync(model, version=0)
             return stack.enter_context(Benchmark("suite", suite, model, seed, judges)).measure(engine, responses)
     finally:
         platform.stop()

@@ -31,9 +31,9 @@ from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.report.plot import draw
 from r1mega.rollout.ask import Question, ask
-from r1mega.rollout.engine import Engine, SamplingParams
-from r1mega.rollout.open import open_engine
+from r1mega.rollout.engine import SamplingParams
 from r1mega.stages.benchmark import Benchmark
+from r1mega.stages.engines import opened
 from r1mega.stages.evaluate import flat
 from r1mega.stages.minibatch import Judgement, Minibatch, Rollout
 from r1mega.stages.schedule import learning_rate
@@ -79,8 +79,7 @@ class GrpoLoop:
         self.benchmarks = [
             stack.enter_context(Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges)) for name, suite in suites.items()
         ]
-        self.engine: Engine = open_engine(ctx.recipe.rollout, model.path)
-        stack.callback(self.engine.close)
+        self.engine = opened(ctx, model.path, stack)
         with model.open() as reader:
             policy.exchange.load(reader.read)
         rewarding = {name: RewardModel(policy, ctx.reward_model_dir(reward.model)) for name, reward in stage.reward_models.items()}
@@ -138,8 +137,7 @@ class GrpoLoop:
         """Give the engine the policy's current weights."""
         if self._synced == version:
             return
-        weights = self.policy.exchange.gather(getattr(torch, self.ctx.recipe.rollout.dtype))
-        self.engine.load_weights(weights.items(), version)
+        self.engine.sync(self.policy.exchange, version)
         self._synced = version
 
     def _check_judged(self, judgement: Judgement, update: int) -> None:

@@ -32,8 +32,9 @@ from r1mega.rewards import agreement
 from r1mega.rewards.imports import load_function
 from r1mega.rewards.judge import Judge
 from r1mega.rollout.ask import Question
-from r1mega.rollout.open import open_endpoint, open_engine
+from r1mega.rollout.open import open_endpoint
 from r1mega.rollout.teacher import Answer, EngineTeacher, Teacher
+from r1mega.stages.engines import opened
 
 _OPINION = Sampling(temperature=0.0, max_new_tokens=8192)
 """How a judge model is asked; the room is for those that think before they say their word."""
@@ -96,9 +97,7 @@ def _teacher(ctx: StageContext, stage: Rejection, model: ModelFolder | None, sta
     if model is None:
         assert stage.endpoint is not None, "the schema requires a model or an endpoint"
         return open_endpoint(stage.endpoint, stage.sampling)
-    engine = open_engine(ctx.recipe.rollout, model.path)
-    stack.callback(engine.close)
-    return EngineTeacher(engine, model, stage.sampling)
+    return EngineTeacher(opened(ctx, model.path, stack), model, stage.sampling)
 
 
 @dataclass

@@ -5,18 +5,13 @@ Learnt from SGLang 0.5.23 (`models/deepseek_v2.py`, `qwen2.py`, `llama.py`, `lay
 permute experts afterwards (FlashInfer's TRT-LLM and CUTLASS kernels, AITER) take full tensors only.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from r1mega.config.engine_layout import EngineLayout
-from r1mega.errors import UserError
-from r1mega.weights import families
-from r1mega.weights.architecture import Architecture, Mla, Moe
-from r1mega.weights.blocks import BLOCK
-from r1mega.weights.boxes import Box, Piece
-from r1mega.weights.placement import Axis, Holders, LocalParam
-from r1mega.weights.table import Row, Shard, Storage, layer_prefix
+from r1mega.weights.architecture import Architecture
+from r1mega.weights.placement import Holders, LocalParam
+from r1mega.weights.table import Storage, layer_prefix
 
 Part = Literal["whole", "attention", "tp", "experts"]
 """Over which ranks of a server a parameter is cut: none, those of one copy of the attention, all, or all as experts are."""

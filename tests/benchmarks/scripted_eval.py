@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from r1mega import cli
@@ -24,8 +25,8 @@ class Scripted:
     def __init__(self, settings: Any, model_dir: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
-    def load_weights(self, weights: Any, version: int) -> None:
-        assert sum(tensor.numel() for _, tensor in weights)
+    def sync(self, source: Any, version: int) -> None:
+        assert sum(tensor.numel() for _, tensor in source.tensors(torch.float32))
 
     def generate(self, requests: Any, sampling: Any) -> list[Sample]:
         counts: Counter[str] = Counter()

@@ -12,13 +12,11 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from r1mega import env
 from r1mega.config.schema import Recipe
@@ -28,6 +26,7 @@ from r1mega.pipeline.metrics import MetricsWriter
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.report.progress import Progress
 from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams
+from r1mega.weights.source import WeightSource
 
 
 def recipe(options: argparse.Namespace, work: dict[str, Any], ranks: int) -> Recipe:
@@ -58,8 +57,8 @@ class _Numbered:
         self._places = {prompt: place for place, prompt in enumerate(prompts)}
         assert len(self._places) == len(prompts), "prompts must differ"
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._engine.load_weights(weights, version)
+    def sync(self, source: WeightSource, version: int) -> None:
+        self._engine.sync(source, version)
 
     def close(self) -> None:
         self._engine.close()

@@ -1,0 +1,273 @@
+"""SGLang servers as one engine of all ranks: token ids in, token ids and log-probs out, weights by buckets.
+
+Rank 0 owns the servers' lives and speaks to them about syncs; every rank sends its own share of the requests to all of them.
+What is lost with a server is asked again of its successor, with the same seeds and the same weights.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from r1mega.config.rollout import Rollout
+from r1mega.errors import UserError
+from r1mega.pipeline import ranks
+from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
+from r1mega.rollout.limits import check_requests, check_scorings
+from r1mega.rollout.open import Surroundings
+from r1mega.rollout.sglang_client import Client, Refused, Unanswered
+from r1mega.rollout.sglang_group import ByBroadcast
+from r1mega.rollout.sglang_servers import Fleet
+from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport
+from r1mega.weights.architecture import Architecture, read_config
+from r1mega.weights.source import WeightSource
+from r1mega.weights.wire import Wire
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+_MEET_S = 20.0
+"""Ranks that wait for servers meet so often: a collective has less patience than a long rollout."""
+_PAUSE_S = 0.5
+
+
+class SglangEngine:
+    """The engine protocol over servers."""
+
+    def __init__(self, settings: Rollout, model_dir: Path, where: Surroundings) -> None:
+        """Start or find the servers and wait for them; every rank calls it. UserError, one line, where that fails."""
+        self._settings, self._sglang, self._where = settings, settings.sglang, where
+        self._arch = Architecture.from_hf(read_config(model_dir))
+        self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
+        self._source: WeightSource | None = None
+        self._version = -1
+        self._connect()
+
+    def _connect(self) -> None:
+        """Wait until all servers answer, and learn where they are."""
+        fleet = self._fleet
+        while not ranks.shared(lambda: fleet is not None and fleet.ready_within(_MEET_S)):
+            pass
+        known = ranks.shared(lambda: [(client.address, client.key) for client in fleet.clients] if fleet else [])
+        self._pool = _Pool([Client(address, key) for address, key in known], self._sglang.concurrency, self._sglang.retries)
+        self._control = Control(self._pool.clients, self._sglang.request_timeout_s)
+        self._transport = self._new_transport()
+
+    def _new_transport(self) -> Transport:
+        if self._sglang.transport == "disk":
+            return ByDisk(self._control, self._where.folder / "weights")
+        if self._sglang.transport == "distributed":
+            return ByBroadcast(self._control, self._sglang.layout.tp, "nccl" if self._where.platform == "cuda" else "gloo")
+        return InRequests(self._control, self._sglang.layout.tp)
+
+    # -------------------------------------------------------- weights
+
+    def sync(self, source: WeightSource, version: int) -> None:
+        """Take a source's weights. UserError when servers do not take them in `retries` further attempts; they stay paused then."""
+        self._source, self._version = source, version
+        for _ in range(self._sglang.retries + 1):
+            error = self._synced(source, version)
+            if error is None:
+                return
+            _log.warning("weight version %d did not reach the servers: %s", version, error)
+            self._revive()
+        raise UserError(f"the SGLang servers do not take weight version {version}, tried {self._sglang.retries + 1} times; the last time: {error}")
+
+    def _synced(self, source: WeightSource, version: int) -> str | None:
+        """One attempt; what went wrong, the same on every rank."""
+        transport, control = self._transport, self._control
+        error = ranks.shared(lambda: _failure(lambda: (control.pause(), transport.begin())))
+        if error is not None:
+            return error
+        wire = Wire(self._settings.dtype)
+        mine: str | None = None
+        for bucket, flat in source.buckets(wire, self._sglang.bucket_bytes, transport.senders):
+            if flat is not None and mine is None:
+                mine = _failure(lambda bucket=bucket, flat=flat: transport.send(bucket, flat))
+        errors = [error for error in ranks.gathered(mine) if error is not None]
+        if errors:
+            return errors[0]
+        return ranks.shared(lambda: _failure(lambda: (transport.end(), control.resume(version))))
+
+    def _revive(self) -> None:
+        """Replace servers that are lost."""
+        fleet = self._fleet
+        ranks.shared(lambda: fleet is not None and fleet.replace_lost())
+        self._connect()
+
+    # -------------------------------------------------------- requests
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
+        """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
+        check_requests(requests, sampling, self._arch.vocab, self._arch.max_positions)
+        return self._asked([lambda client, one=one: self._drawn(client, one, sampling) for one in requests])
+
+    def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
+        """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
+        check_scorings(scorings, top_k, self._arch.vocab, self._arch.max_positions)
+        return self._asked([lambda client, one=one: self._scored(client, one, top_k) for one in scorings])
+
+    def _asked(self, calls: Sequence[Callable[[Client], T]]) -> list[T]:
+        """The results of all calls, in order. Those that a lost server took with it are made again once it is replaced, on every rank."""
+        if self._source is None:
+            raise UserError("the rollout engine has no weights; sync some before generating")
+        found: dict[int, T] = {}
+        for _ in range(self._sglang.retries + 1):
+            places = [place for place in range(len(calls)) if place not in found]
+            pending = [self._pool.submit(calls[place]) for place in places]
+            while not ranks.every(not wait(pending, timeout=_MEET_S).not_done):
+                pass
+            error = None
+            for place, future in zip(places, pending, strict=True):
+                try:
+                    found[place] = future.result()
+                except Unanswered as lost:
+                    error = str(lost)
+            errors = [error for error in ranks.gathered(error) if error is not None]
+            if not errors:
+                return [found[place] for place in range(len(calls))]
+            _log.warning("asking again what was lost with a server: %s", errors[0])
+            self._revive()
+            self.sync(self._source, self._version)
+        raise UserError(f"the SGLang servers were lost {self._sglang.retries + 1} times in one rollout; the last time: {errors[0]}")
+
+    def _drawn(self, client: Client, request: Request, sampling: SamplingParams) -> Sample:
+        answer = self._generate(
+            client,
+            {
+                "input_ids": list(request.prompt_ids),
+                "sampling_params": {
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "max_new_tokens": request.max_new_tokens,
+                    "stop_token_ids": list(sampling.stop_token_ids),
+                    "sampling_seed": request.seed & (2**63 - 1),
+                },
+            },
+        )
+        meta = answer["meta_info"]
+        tokens = meta["output_token_logprobs"]
+        ids = tuple(int(token) for _, token, *_ in tokens)
+        finish = self._finish(client, meta["finish_reason"], request, len(ids))
+        spans = [(self._number(client, span["version"]), span["end"] - span["start"]) for span in meta["weight_versions"]]
+        if not ids or spans[-1][0] != self._version:
+            raise Unanswered(f"{client.address}: drew {len(ids)} tokens from weight version {spans[-1][0]} instead of {self._version}")
+        logprobs = tuple(float(logprob) for logprob, *_ in tokens)
+        return Sample(request.prompt_ids, ids, logprobs, finish, self._version, tuple(spans[:-1]))
+
+    @staticmethod
+    def _finish(client: Client, reason: dict[str, Any], request: Request, drawn: int) -> Literal["stop", "length"]:
+        if reason["type"] == "stop":
+            return "stop"
+        if reason["type"] != "length":
+            raise Unanswered(f"{client.address}: the response ended with {reason}")
+        if drawn < request.max_new_tokens:
+            raise UserError(
+                f"{client.address} cut a response after {drawn} of {request.max_new_tokens} tokens, its prompt has "
+                f"{len(request.prompt_ids)}; raise rollout.sglang.max_total_tokens or the server's context length"
+            )
+        return "length"
+
+    @staticmethod
+    def _number(client: Client, version: str) -> int:
+        try:
+            return int(version)
+        except ValueError:
+            raise Unanswered(f"{client.address}: serves weight version {version!r}, which no sync has set") from None
+
+    def _scored(self, client: Client, one: Scoring, top_k: int) -> Scores:
+        answer = self._generate(
+            client,
+            {
+                "input_ids": list(one.ids),
+                # The first entry is of the token before, whose log-prob is left out.
+                "logprob_start_len": one.start - 1,
+                "top_logprobs_num": top_k,
+                "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            },
+        )
+        meta = answer["meta_info"]
+        count = len(one.ids) - one.start
+        logprobs = torch.tensor([logprob for logprob, *_ in meta["input_token_logprobs"][1:]], dtype=torch.float32)
+        tops = meta["input_top_logprobs"][1:] if top_k else [[]] * count
+        if len(logprobs) != count or len(tops) != count:
+            raise Unanswered(f"{client.address}: scored {len(logprobs)} tokens instead of {count}")
+        return Scores(
+            logprobs,
+            torch.tensor([[token for _, token, *_ in row] for row in tops], dtype=torch.int64).view(count, top_k),
+            torch.tensor([[logprob for logprob, *_ in row] for row in tops], dtype=torch.float32).view(count, top_k),
+        )
+
+    def _generate(self, client: Client, body: dict[str, Any]) -> Any:
+        """One request, ended on the server too when its time is over."""
+        name = uuid.uuid4().hex
+        try:
+            return client.post("/generate", body | {"rid": name, "return_logprob": True}, self._sglang.request_timeout_s)
+        except Unanswered:
+            _failure(lambda: client.post("/abort_request", {"rid": name}, 10.0))
+            raise
+        except Refused as error:
+            raise UserError(f"an SGLang server refuses a request: {error}") from None
+
+    def close(self) -> None:
+        """End the servers that were started."""
+        self._pool.close()
+        self._transport.close()
+        if self._fleet is not None:
+            self._fleet.stop()
+
+
+class _Pool:
+    """This rank's requests under way: so many at once, each at the server that has the fewest of them."""
+
+    def __init__(self, clients: Sequence[Client], concurrency: int, retries: int) -> None:
+        self.clients, self._retries = list(clients), retries
+        self._load = [0] * len(self.clients)
+        self._lock = Lock()
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sglang")
+
+    def submit(self, call: Callable[[Client], T]) -> Future[T]:
+        """Make a call when there is room, and again elsewhere, after growing pauses, while it raises Unanswered."""
+        return self._threads.submit(self._attempts, call)
+
+    def close(self) -> None:
+        """Make no more calls."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _attempts(self, call: Callable[[Client], T]) -> T:
+        failed: list[int] = []
+        for attempt in range(self._retries + 1):
+            place = self._taken(failed)
+            try:
+                return call(self.clients[place])
+            except Unanswered:
+                if attempt == self._retries:
+                    raise
+                failed.append(place)
+            finally:
+                with self._lock:
+                    self._load[place] -= 1
+            time.sleep(_PAUSE_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _taken(self, failed: Sequence[int]) -> int:
+        """The server with the fewest requests of those that have failed this one least."""
+        with self._lock:
+            place = min(range(len(self.clients)), key=lambda place: (failed.count(place), self._load[place]))
+            self._load[place] += 1
+            return place
+
+
+def _failure(act: Callable[[], object]) -> str | None:
+    """Why an act failed, None where it did not."""
+    try:
+        act()
+    except (Failed, Unanswered, Refused) as error:
+        return str(error)
+    return None

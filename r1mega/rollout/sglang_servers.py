@@ -1,0 +1,215 @@
+"""The lives of SGLang servers: started by rank 0 of a run and gone with it, or found at given addresses."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from r1mega import env
+from r1mega.config.rollout import Sglang
+from r1mega.errors import UserError
+from r1mega.process import die_with_parent
+from r1mega.rollout.open import Surroundings
+from r1mega.rollout.sglang_client import Client, Refused, Unanswered
+
+_LAUNCHER = Path(__file__).with_name("sglang_serve.py")
+_KEY = "R1MEGA_ENGINE_KEY"
+_CPU_TOKENS = 65_536
+_LOOK_S = 1.0
+_ANSWER_S = 30.0
+_CPU_ARGUMENTS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-cuda-graph", "--disable-radix-cache", "--sleep-on-idle"),
+)
+
+
+def interpreter(settings: Sglang) -> Path:
+    """The Python that has SGLang. UserError where there is none."""
+    checkout = Path(__file__).parents[2]
+    if settings.python is not None:
+        return Path(settings.python)
+    for folder in (checkout, Path.cwd()):
+        if (folder / ".venv-sglang/bin/python").exists():
+            return folder / ".venv-sglang/bin/python"
+    raise UserError(
+        "rollout.engine=sglang: there is no environment with SGLang; run tools/install_sglang_cpu, "
+        "or name the interpreter of one as rollout.sglang.python"
+    )
+
+
+def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port: int, gpu: int) -> list[str]:
+    """Of `sglang.launch_server`, for a server that gets its weights from a trainer and speaks token ids alone."""
+    layout = settings.layout
+    found = ["--model-path", str(model_dir), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
+    # The first sync brings the weights, so those of the folder are not read, and what a sync forgets is not right by chance.
+    found += ["--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup", "--log-level-http", "warning"]
+    found += ["--max-running-requests", str(settings.max_running_requests)]
+    found += ["--tp-size", str(layout.tp), "--ep-size", str(layout.ep), "--attn-dp-size", str(layout.attn_dp)]
+    if layout.dense_tp == "whole":
+        found += ["--moe-dense-tp-size", "1"]
+    if layout.shared_experts == "tp":
+        found.append("--disable-shared-experts-fusion")
+    if layout.dp_lm_head:
+        found.append("--enable-dp-lm-head")
+    if settings.deterministic:
+        found.append("--enable-deterministic-inference")
+    tokens = settings.max_total_tokens or (_CPU_TOKENS if platform == "cpu" else None)
+    if tokens:
+        found += ["--max-total-tokens", str(tokens)]
+    if settings.mem_fraction:
+        found += ["--mem-fraction-static", str(settings.mem_fraction)]
+    found += _CPU_ARGUMENTS if platform == "cpu" else ("--base-gpu-id", str(gpu))
+    return [*found, *settings.arguments]
+
+
+class Started:
+    """A server that this process has started. It dies with this process, however that dies."""
+
+    def __init__(self, settings: Sglang, model_dir: Path, dtype: str, where: Surroundings, index: int) -> None:
+        """Start it. Call it in the thread that lives as long as the server should, and wait for `ready`."""
+        self._settings, self._begin = settings, time.monotonic()
+        port, key = _free_port(), secrets.token_urlsafe(32)
+        where.folder.mkdir(parents=True, exist_ok=True)
+        self.log = where.folder / f"server-{port}.log"
+        layout = settings.layout
+        wanted = arguments(settings, model_dir, dtype, where.platform, port, settings.first_gpu + index * layout.tp)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(interpreter(settings)), str(_LAUNCHER), _KEY, *wanted],
+                env=env.for_servers(where.threads, layout.tp, where.platform, {_KEY: key}),
+                cwd=where.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches the launcher alone, which ends the run in order.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self.client = Client(f"http://127.0.0.1:{port}", key)
+
+    def ready(self) -> bool:
+        """Whether it answers. UserError when it has ended, or has had its time."""
+        code = self._process.poll()
+        if code is not None:
+            raise UserError(f"an SGLang server ended while it started ({_ending(code)}): {_last_line(self.log)}; its log: {self.log}")
+        if self.client.answers(_ANSWER_S):
+            return True
+        if time.monotonic() - self._begin > self._settings.start_timeout_s:
+            self.stop()
+            raise UserError(
+                f"an SGLang server was not ready within rollout.sglang.start_timeout_s={self._settings.start_timeout_s:g}; its log: {self.log}"
+            )
+        return False
+
+    def well(self) -> bool:
+        """Whether it is there and answers."""
+        return self._process.poll() is None and self.client.answers(_ANSWER_S)
+
+    def stop(self) -> None:
+        """End it with all its processes."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """Its process, and the number of its group of processes."""
+        return self._process.pid
+
+
+class Found:
+    """A server at a given address. It is never started or ended from here."""
+
+    def __init__(self, address: str, settings: Sglang) -> None:
+        key = env.secret(settings.key_variable) if settings.key_variable else None
+        self.client, self._settings, self._begin = Client(address.rstrip("/"), key), settings, time.monotonic()
+
+    def ready(self) -> bool:
+        """Whether it answers. UserError when it refuses the key, or has had its time."""
+        try:
+            self.client.get("/model_info", _ANSWER_S)
+        except Refused as error:
+            held = f"what {self._settings.key_variable} holds" if self._settings.key_variable else "none was sent"
+            hint = f": {held}; name the variable that holds it as rollout.sglang.key_variable" if error.status in (401, 403) else ""
+            raise UserError(f"rollout.sglang.addresses: {'the server refuses the API key' if hint else ''}{hint} ({error})") from None
+        except Unanswered as error:
+            if time.monotonic() - self._begin > self._settings.start_timeout_s:
+                raise UserError(
+                    f"rollout.sglang.addresses: no SGLang server answers within start_timeout_s={self._settings.start_timeout_s:g} ({error})"
+                ) from None
+            return False
+        return True
+
+    def well(self) -> bool:
+        """Whether it answers."""
+        self._begin = time.monotonic()
+        return self.client.answers(_ANSWER_S)
+
+    def stop(self) -> None:
+        """Leave it as it is."""
+
+
+Server = Started | Found
+
+
+class Fleet:
+    """All servers of an engine, on rank 0."""
+
+    def __init__(self, settings: Sglang, model_dir: Path, dtype: str, where: Surroundings) -> None:
+        self._settings, self._made = settings, (model_dir, dtype, where)
+        count = len(settings.addresses) or settings.layout.servers
+        self.servers: list[Server] = [self._new(index) for index in range(count)]
+
+    def _new(self, index: int) -> Server:
+        settings = self._settings
+        return Found(settings.addresses[index], settings) if settings.addresses else Started(settings, *self._made, index)
+
+    @property
+    def clients(self) -> list[Client]:
+        """In the order of the servers."""
+        return [server.client for server in self.servers]
+
+    def ready_within(self, seconds: float) -> bool:
+        """Whether all answer, looked at for so long at most. UserError for one that never will."""
+        end = time.monotonic() + seconds
+        waiting = list(self.servers)
+        while True:
+            waiting = [server for server in waiting if not server.ready()]
+            if not waiting or time.monotonic() > end:
+                return not waiting
+            time.sleep(_LOOK_S)
+
+    def replace_lost(self) -> bool:
+        """Start anew those that are gone or dumb; whether there were any. Found ones are waited for by `ready_within`."""
+        lost = [index for index, server in enumerate(self.servers) if not server.well()]
+        for index in lost:
+            self.servers[index].stop()
+            self.servers[index] = self._new(index)
+        return bool(lost)
+
+    def stop(self) -> None:
+        """End what was started."""
+        for server in self.servers:
+            server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["it wrote nothing"])[-1][:300]
