@@ -5,16 +5,25 @@ Learnt from SGLang 0.5.23 (`models/deepseek_v2.py`, `qwen2.py`, `llama.py`, `lay
 permute experts afterwards (FlashInfer's TRT-LLM and CUTLASS kernels, AITER) take full tensors only.
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Literal
 
 from r1mega.config.engine_layout import EngineLayout
-from r1mega.weights.architecture import Architecture
-from r1mega.weights.placement import Holders, LocalParam
-from r1mega.weights.table import Storage, layer_prefix
+from r1mega.errors import UserError
+from r1mega.weights import families
+from r1mega.weights.architecture import Architecture, Mla
+from r1mega.weights.blocks import BLOCK, whole_blocks
+from r1mega.weights.boxes import Box, Piece
+from r1mega.weights.placement import Axis, Holders, LocalParam
+from r1mega.weights.table import Row, Shard, Storage, layer_prefix
 
 Part = Literal["whole", "attention", "tp", "experts"]
 """Over which ranks of a server a parameter is cut: none, those of one copy of the attention, all, or all as experts are."""
+
+_REPLICATED: dict[Part, tuple[Axis, ...]] = {"whole": ("tp", "dp"), "attention": ("dp",), "tp": (), "experts": ()}
+"""Along the ranks of one copy of the attention, along these copies."""
 
 PADDING = 64
 """Rows of the embedding and the output layer are padded to a multiple of this."""
@@ -64,14 +73,306 @@ def engine_params(arch: Architecture, engine: EngineLayout, rank: int, mtp: bool
     Raises:
         UserError: the layout does not divide the model.
     """
-    raise NotImplementedError
+    check_engine(arch, engine, mtp)
+    return list(_rank_params(arch, engine, rank, mtp))
 
 
 def engine_holders(arch: Architecture, engine: EngineLayout, first: int = 0, mtp: bool = False) -> list[Holders]:
-    """The placement of all ranks of all servers, for `transfer_plan` and `direct_plan`.
+    """The placement of all ranks of all servers, for `transfer_plan` and `direct_plan`. Parameters are made when they are asked for.
 
     Args:
         first: number of the engine's first rank. 0 when trainer and engine share their GPUs: what a rank holds already stays there.
             The trainer's world size when they do not.
     """
-    raise NotImplementedError
+    check_engine(arch, engine, mtp)
+    groups: dict[tuple[bool, int, int], list[int]] = {}
+    for rank in range(engine.ranks):
+        for key in dict.fromkeys(_key(engine, rank % engine.tp, part) for part in _PARTS):
+            groups.setdefault(key, []).append(first + rank)
+    lazy = (Holders(tuple(ranks), _Params(arch, engine, (ranks[0] - first) % engine.tp, mtp, key)) for key, ranks in groups.items())
+    return [group for group in lazy if any(True for _ in group.params)]
+
+
+def engine_group(group: Holders) -> Iterator[EngineParam]:
+    """The parameters of a group of engine ranks."""
+    for param in group.params:
+        assert isinstance(param, EngineParam)
+        yield param
+
+
+_PARTS: tuple[Part, ...] = ("whole", "attention", "tp", "experts")
+
+
+def _key(engine: EngineLayout, rank: int, part: Part) -> tuple[bool, int, int]:
+    """(experts or not, over how many ranks, which of them): ranks with the same key hold the same parameters of this part."""
+    if part == "experts":
+        return True, engine.tp, rank
+    index, parts = _cut_of(engine, rank, part)
+    return False, parts, index
+
+
+def _cut_of(engine: EngineLayout, rank: int, part: Part) -> tuple[int, int]:
+    """(which share, of how many) a rank has of a tensor; of experts, within its own expert."""
+    parts = {"whole": 1, "attention": engine.attn_tp, "tp": engine.tp, "experts": engine.moe_tp}[part]
+    return rank % parts, parts
+
+
+@dataclass(frozen=True)
+class _Params:
+    """The parameters that ranks of one key hold alike, made anew on every walk: those of all ranks do not fit into memory at once."""
+
+    arch: Architecture
+    engine: EngineLayout
+    rank: int
+    mtp: bool
+    key: tuple[bool, int, int]
+
+    def __iter__(self) -> Iterator[EngineParam]:
+        return _rank_params(self.arch, self.engine, self.rank, self.mtp, self.key)
+
+
+# ---------------------------------------------------------------- what an engine may be
+
+
+def check_engine(arch: Architecture, engine: EngineLayout, mtp: bool = False) -> None:
+    """UserError when the engine does not serve such a model, or a parallel size does not divide what it cuts."""
+    if arch.head == "score":
+        raise UserError("engine: a reward model has no vocabulary; it is not served")
+    checks = [
+        ("tp / attn_dp", engine.attn_tp, arch.heads, "attention heads"),
+        ("tp", 1 if engine.dense_tp == "whole" else engine.tp, arch.intermediate_size, "columns of the dense MLP"),
+    ]
+    if arch.mla is None:
+        few, many = sorted((arch.kv_heads, engine.tp))
+        checks.append(("the smaller of tp and key-value heads,", few, many, "of the other"))
+    if arch.moe is not None:
+        checks.append(("ep", engine.ep, arch.moe.experts, "experts"))
+        checks.append(("tp / ep", engine.moe_tp, arch.moe.intermediate_size, "columns of an expert"))
+        if engine.shared_experts == "tp":
+            checks.append(("tp", engine.tp, arch.moe.shared_experts * arch.moe.intermediate_size, "columns of the shared experts"))
+    for name, size, what, unit in checks:
+        if what % size:
+            raise UserError(f"engine: {name}={size} does not divide the model's {what} {unit}")
+    if arch.moe is None and engine.ep > 1:
+        raise UserError(f"engine: ep={engine.ep} needs a model with experts")
+    if arch.mla is None and engine.attn_dp > 1:
+        raise UserError(f"engine: attn_dp={engine.attn_dp} is planned for latent attention (DeepSeek) only")
+    if engine.shared_experts == "fused" and (arch.moe is None or arch.moe.shared_experts != 1):
+        raise UserError("engine: shared_experts=fused needs a model with exactly one shared expert")
+    if mtp and arch.mtp_layers != 1:
+        raise UserError(f"engine: drafting needs one MTP layer, the model has {arch.mtp_layers}")
+
+
+def check_block_fp8(param: EngineParam, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError when a rank's share of a quantised parameter cuts a block, which SGLang refuses to serve.
+
+    Args:
+        shapes: of the canonical tensors.
+    """
+    for piece in param.pieces:
+        if not whole_blocks(piece.source, shapes[piece.tensor]) or any(start % BLOCK for start in piece.box.start):
+            share = " x ".join(map(str, piece.source.shape))
+            raise UserError(
+                f"engine: {param.name} cannot be served in block FP8: a rank's share of {piece.tensor} is {share}, not whole blocks of "
+                f"{BLOCK} x {BLOCK}; choose a smaller tp, more ep, or dense_tp and shared_experts: whole"
+            )
+
+
+# ---------------------------------------------------------------- the parameters
+
+
+@dataclass(frozen=True, slots=True)
+class _Strip:
+    """A canonical tensor among those stacked in a parameter. `units` of its rows stay together: heads.
+
+    Where ranks are more than units, several ranks hold the same unit.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Param:
+    """A parameter of a layer: its strips one above the other, each cut along the same axis."""
+
+    name: str
+    strips: tuple[_Strip, ...]
+    part: Part
+    shard: Shard
+    storage: Storage
+    stacked: int = 0
+
+
+def _rank_params(
+    arch: Architecture, engine: EngineLayout, rank: int, mtp: bool, key: tuple[bool, int, int] | None = None
+) -> Iterator[EngineParam]:
+    """Parameters of a rank, only those of one key if it is given."""
+    table = families.table(arch)
+    embedding = [_vocabulary(table.embedding, engine, engine.attn_dp > 1)]
+    output = [] if table.head is None else [_vocabulary(table.head, engine, engine.dp_lm_head)]
+    place = _Place(arch, engine, rank, key)
+    yield from place.params(0, "", "", embedding)
+    for index, rows in enumerate(table.layers):
+        yield from place.layer(0, layer_prefix(index), layer_prefix(index), rows)
+    yield from place.params(0, "", "", [_whole(table.final_norm), *output])
+    if mtp:
+        prefix = layer_prefix(arch.layers)
+        yield from place.params(1, prefix, "model.", map(_whole, table.mtp[0].own))
+        yield from place.layer(1, prefix, "model.decoder.", table.mtp[0].layer)
+
+
+def _layer(arch: Architecture, engine: EngineLayout, rows: tuple[Row, ...], experts: range) -> Iterator[_Param]:
+    by_name = {row.tensor: row for row in rows}
+    yield _whole(by_name["input_layernorm.weight"])
+    if arch.mla is not None:
+        yield from _latent_attention(arch, arch.mla, by_name)
+    else:
+        yield from _attention(arch, by_name)
+    yield _whole(by_name["post_attention_layernorm.weight"])
+    if "mlp.gate.weight" not in by_name:
+        yield from _gated_mlp("mlp.", by_name, "tp" if engine.dense_tp == "tp" else "whole")
+        return
+    yield _whole(by_name["mlp.gate.weight"])
+    if "mlp.gate.e_score_correction_bias" in by_name:
+        yield _whole(by_name["mlp.gate.e_score_correction_bias"])
+    yield from _experts(by_name, engine, experts)
+    if "mlp.shared_experts.gate_proj.weight" in by_name and engine.shared_experts != "fused":
+        yield from _gated_mlp("mlp.shared_experts.", by_name, engine.shared_experts)
+
+
+def _latent_attention(arch: Architecture, mla: Mla, rows: Mapping[str, Row]) -> Iterator[_Param]:
+    if mla.q_lora_rank is None:
+        yield _cut("self_attn.q_proj.weight", [rows["self_attn.q_proj.weight"]], "attention", Shard.ROWS, [arch.heads])
+        yield _whole(rows["self_attn.kv_a_proj_with_mqa.weight"])
+    else:
+        down = [rows["self_attn.q_a_proj.weight"], rows["self_attn.kv_a_proj_with_mqa.weight"]]
+        yield _cut("self_attn.fused_qkv_a_proj_with_mqa.weight", down, "whole", Shard.WHOLE)
+        yield _whole(rows["self_attn.q_a_layernorm.weight"])
+        yield _cut("self_attn.q_b_proj.weight", [rows["self_attn.q_b_proj.weight"]], "attention", Shard.ROWS, [arch.heads])
+    yield _cut("self_attn.kv_b_proj.weight", [rows["self_attn.kv_b_proj.weight"]], "attention", Shard.ROWS, [arch.heads])
+    yield _cut("self_attn.o_proj.weight", [rows["self_attn.o_proj.weight"]], "attention", Shard.COLUMNS)
+    yield _whole(rows["self_attn.kv_a_layernorm.weight"])
+
+
+def _attention(arch: Architecture, rows: Mapping[str, Row]) -> Iterator[_Param]:
+    units = [arch.heads, arch.kv_heads, arch.kv_heads]
+    for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+        strips = [rows[f"self_attn.{name}_proj.{kind}"] for name in "qkv"]
+        yield _cut(f"self_attn.qkv_proj.{kind}", strips, "tp", Shard.ROWS, units)
+    yield _cut("self_attn.o_proj.weight", [rows["self_attn.o_proj.weight"]], "tp", Shard.COLUMNS)
+
+
+def _gated_mlp(prefix: str, rows: Mapping[str, Row], part: Part) -> Iterator[_Param]:
+    shards = (Shard.WHOLE, Shard.WHOLE) if part == "whole" else (Shard.ROWS, Shard.COLUMNS)
+    yield _cut(f"{prefix}gate_up_proj.weight", [rows[f"{prefix}{name}_proj.weight"] for name in ("gate", "up")], part, shards[0])
+    yield _cut(f"{prefix}down_proj.weight", [rows[f"{prefix}down_proj.weight"]], part, shards[1])
+
+
+def _experts(rows: Mapping[str, Row], engine: EngineLayout, experts: range) -> Iterator[_Param]:
+    """A rank's experts in one parameter: gate over up, expert after expert, and a fused shared expert last."""
+    fused = engine.shared_experts == "fused"
+    for name, projections, shard in (("w13_weight", ("gate", "up"), Shard.ROWS), ("w2_weight", ("down",), Shard.COLUMNS)):
+        found = [rows[f"mlp.experts.{{e}}.{projection}_proj.weight"] for projection in projections]
+        strips = [_Strip(row.tensor.format(e=expert), row.shape, row.shape[0]) for expert in experts for row in found]
+        if fused:
+            shared = [rows[f"mlp.shared_experts.{projection}_proj.weight"] for projection in projections]
+            strips += [_Strip(row.tensor, row.shape, row.shape[0]) for row in shared]
+        yield _Param(f"mlp.experts.{name}", tuple(strips), "experts", shard, found[0].storage, len(experts) + fused)
+
+
+def _whole(row: Row) -> _Param:
+    return _cut(row.tensor, [row], "whole", Shard.WHOLE)
+
+
+def _vocabulary(row: Row, engine: EngineLayout, like_attention: bool) -> _Param:
+    return _cut(row.tensor, [row], "attention" if like_attention else "tp", Shard.VOCABULARY)
+
+
+def _cut(name: str, rows: Sequence[Row], part: Part, shard: Shard, units: Sequence[int] | None = None) -> _Param:
+    counts = units or [row.shape[0] for row in rows]
+    strips = tuple(_Strip(row.tensor, row.shape, count) for row, count in zip(rows, counts, strict=True))
+    return _Param(name, strips, part, shard, rows[0].storage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One rank's share of a parameter of every layer that is alike: its shape, and (tensor, box, source) of its pieces."""
+
+    param: _Param
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[str, Box, Box], ...]
+
+
+class _Place:
+    """A rank's shares. Layers with the same rows have the same boxes, which are worked out once."""
+
+    def __init__(self, arch: Architecture, engine: EngineLayout, rank: int, key: tuple[bool, int, int] | None) -> None:
+        self._arch, self._engine, self._rank, self._key = arch, engine, rank, key
+        self._layers: dict[int, list[_Share]] = {}
+
+    def layer(self, chunk: int, tensors: str, params: str, rows: tuple[Row, ...]) -> Iterator[EngineParam]:
+        """The parameters of a transformer layer; `tensors` and `params` are the prefixes of its names."""
+        if id(rows) not in self._layers:
+            self._layers[id(rows)] = list(self._shares(_layer(self._arch, self._engine, rows, self._experts())))
+        return _named(chunk, tensors, params, self._layers[id(rows)])
+
+    def params(self, chunk: int, tensors: str, params: str, found: Iterable[_Param]) -> Iterator[EngineParam]:
+        """The given parameters."""
+        return _named(chunk, tensors, params, self._shares(found))
+
+    def _experts(self) -> range:
+        local = self._arch.moe.experts // self._engine.ep if self._arch.moe else 0
+        first = self._rank // self._engine.moe_tp * local
+        return range(first, first + local)
+
+    def _shares(self, found: Iterable[_Param]) -> Iterator[_Share]:
+        for param in found:
+            if self._key is None or self._key == _key(self._engine, self._rank, param.part):
+                yield _share(param, *_cut_of(self._engine, self._rank, param.part))
+
+
+def _named(chunk: int, tensors: str, params: str, shares: Iterable[_Share]) -> Iterator[EngineParam]:
+    for share in shares:
+        name = params + share.param.name
+        yield EngineParam(
+            name, chunk, share.shape, tuple([Piece(chunk, name, box, tensors + tensor, source) for tensor, box, source in share.pieces]),
+            _REPLICATED[share.param.part], is_expert=share.param.part == "experts", storage=share.param.storage,
+            stacked=share.param.stacked,
+        )  # fmt: skip
+
+
+def _share(param: _Param, index: int, parts: int) -> _Share:
+    """Share `index` of `parts` of a parameter."""
+    pieces: list[tuple[str, Box, Box]] = []
+    rows = 0
+    for strip in param.strips:
+        height, source = _share_of(strip, param.shard, index, parts)
+        if source is not None:
+            start = (rows, *(0,) * (len(strip.shape) - 1))
+            pieces.append((strip.tensor, Box(start, tuple(map(add, start, source.shape))), source))
+        rows += height
+    columns = param.strips[0].shape[1:]
+    if param.shard is Shard.COLUMNS:
+        columns = (columns[0] // parts,)
+    return _Share(param, (rows, *columns), tuple(pieces))
+
+
+def _share_of(strip: _Strip, shard: Shard, index: int, parts: int) -> tuple[int, Box | None]:
+    """(rows that a strip takes in a rank's parameter, its region of the tensor; None when it is padding only)."""
+    rows, rest = strip.shape[0], strip.shape[1:]
+    if shard is Shard.COLUMNS:
+        width = rest[0] // parts
+        return rows, Box((0, index * width), (rows, (index + 1) * width))
+    if shard is Shard.VOCABULARY:
+        padding = PADDING if -(-rows // PADDING) * PADDING % parts == 0 else PADDING * parts
+        height = -(-rows // padding) * padding // parts
+        first, last = min(index * height, rows), min((index + 1) * height, rows)
+    else:
+        unit = rows // strip.units
+        height = max(1, strip.units // parts) * unit
+        first = index * strip.units // parts * unit
+        last = first + height
+    zeros = (0,) * len(rest)
+    return height, Box((first, *zeros), (last, *rest)) if last > first else None

@@ -88,10 +88,13 @@ def padded_vocab(arch: Architecture, tp: int) -> int:
 
 @dataclass(frozen=True)
 class Holders:
-    """Ranks that hold the same elements, and the parameters they hold alike: all dense ones, or all expert ones, of their stage."""
+    """Ranks that hold the same elements, and the parameters they hold alike: all dense ones, or all expert ones, of their stage.
+
+    `params` can be walked through again and again; an engine's make them on the way.
+    """
 
     ranks: tuple[int, ...]
-    params: tuple[LocalParam, ...]
+    params: Iterable[LocalParam]
 
 
 def holders(arch: Architecture, layout: Layout, world_size: int, spelling: Spelling) -> list[Holders]:

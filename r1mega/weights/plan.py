@@ -4,7 +4,7 @@ Pure arithmetic on placements, the same on every rank, so no rank has to tell an
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,22 +19,35 @@ from r1mega.weights.placement import Holders, Spelling, holders
 from r1mega.weights.table import Storage
 
 
+Held = dict[str, list[tuple[Piece, tuple[int, ...]]]]
+"""By canonical tensor, the pieces that make it up, each with all ranks that hold it in the same place."""
+
+
+def held_pieces(groups: Iterable[Holders]) -> Held:
+    """Every element once. Of a tensor that two stages hold (the embedding) only the first stage's ranks are named."""
+    found: dict[str, dict[Box, tuple[Piece, set[int]]]] = defaultdict(dict)
+    for group in groups:
+        for piece in _pieces(group):
+            first, ranks = found[piece.tensor].setdefault(piece.source, (piece, set()))
+            if piece == first:
+                ranks.update(group.ranks)
+    together: dict[frozenset[int], tuple[int, ...]] = {}
+
+    def shared(ranks: set[int]) -> tuple[int, ...]:
+        return together.setdefault(frozenset(ranks), tuple(sorted(ranks)))
+
+    return {name: [(piece, shared(ranks)) for piece, ranks in pieces.values()] for name, pieces in found.items()}
+
+
 def owned_pieces(groups: list[Holders], world_size: int) -> list[list[Piece]]:
     """By rank, the pieces it answers for. Together they cover every canonical element exactly once.
 
     Pieces go, largest first, to the replica with the fewest elements so far. A piece larger than a rank's fair share is cut
     along its rows first, so that no rank answers for much more than the others when replicas leave the choice.
     """
-    pieces: dict[tuple[str, Box], tuple[Piece, np.ndarray]] = {}
-    for group in groups:
-        ranks = np.array(group.ranks)
-        for piece in _pieces(group):
-            # The embedding may stand on two stages; the first one answers for it.
-            pieces.setdefault((piece.tensor, piece.source), (piece, ranks))
-    fair_share = -(-sum(source.size for _, source in pieces) // world_size)
-    parts = [
-        (part, ranks) for piece, ranks in pieces.values() for part in _cut(piece, min(len(ranks), -(-piece.source.size // fair_share)))
-    ]
+    pieces = [(piece, np.array(ranks)) for found in held_pieces(groups).values() for piece, ranks in found]
+    fair_share = -(-sum(piece.source.size for piece, _ in pieces) // world_size)
+    parts = [(part, ranks) for piece, ranks in pieces for part in _cut(piece, min(len(ranks), -(-piece.source.size // fair_share)))]
     load = np.zeros(world_size, dtype=np.int64)
     owned: list[list[Piece]] = [[] for _ in range(world_size)]
     # Pieces that only one rank holds are no choice, so they are counted before any choice is made.
@@ -185,15 +198,21 @@ def transfer_plan(source: list[Holders], target: list[Holders]) -> TransferPlan:
         copies: dict[int, list[tuple[Piece, Piece]]] = defaultdict(list)
         for wanted in _pieces(group):
             for index, piece in held[wanted.tensor]:
-                common = piece.source.intersect(wanted.source)
+                common = overlap(piece, wanted)
                 if common is not None:
-                    copies[index].append((_part(piece, common), _part(wanted, common)))
+                    copies[index].append(common)
         routes += [Route(source[index].ranks, group.ranks, tuple(pairs), len(routes) + index) for index, pairs in copies.items()]
     return TransferPlan(tuple(routes))
 
 
 def _pieces(group: Holders) -> Iterator[Piece]:
     return (piece for param in group.params for piece in param.pieces)
+
+
+def overlap(held: Piece, wanted: Piece) -> tuple[Piece, Piece] | None:
+    """The parts of two pieces of one tensor that are the same elements; None when there are none."""
+    common = held.source.intersect(wanted.source)
+    return None if common is None else (_part(held, common), _part(wanted, common))
 
 
 def _part(piece: Piece, source: Box) -> Piece:
