@@ -2,26 +2,26 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
 from r1mega.megatron import model, platform
+from r1mega.megatron.gathering import gathered
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
-from r1mega.weights.moving import assemble, gather_local, load_local
+from r1mega.weights.direct import direct_plan
+from r1mega.weights.moving import Read, assemble, gather_local, load_local
 from r1mega.weights.placement import LocalParam, Spelling, placement
 from r1mega.weights.plan import ExportPlan, export_plan
-from r1mega.weights.sync import Bucket
+from r1mega.weights.source import Filled
+from r1mega.weights.sync import full_plan
 from r1mega.weights.wire import Wire
-
-Read = Callable[[str, Box], Tensor]
-"""A region of a canonical tensor, by the tensor's Hugging Face name."""
 
 
 class Exchange:
@@ -78,12 +78,15 @@ class Exchange:
         """See `gather`."""
         return self.gather(dtype).items()
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None) -> Iterator[tuple[Bucket, Tensor | None]]:
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
         """See `WeightSource.buckets`."""
-        from r1mega.weights.source import whole_buckets
+        plan = full_plan(self._arch, self._layout, self._world, self._spelling, wire, limit, senders)
+        return gathered(plan.buckets, self._weights)
 
-        found = self.gather(getattr(torch, wire.dtype))
-        return whole_buckets(self._arch, found.__getitem__, wire, limit)
+    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+        """See `WeightSource.params`."""
+        plan = direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, first=self._world)
+        return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, on)
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

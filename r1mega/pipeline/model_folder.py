@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.errors import UserError
 from r1mega.pipeline import files
 from r1mega.weights.architecture import Architecture, read_config
@@ -16,8 +17,7 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
-from r1mega.weights.source import whole_buckets
-from r1mega.weights.sync import Bucket
+from r1mega.weights.source import Filled, Whole
 from r1mega.weights.wire import Wire
 
 
@@ -83,11 +83,15 @@ class ModelFolder:
         with self.open() as reader:
             yield from reader.tensors(self.arch)
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None) -> Iterator[tuple[Bucket, Tensor | None]]:
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
         """The tensors in buckets (`WeightSource`)."""
-        shapes = {tensor.name: tensor.shape for tensor in canonical(self.arch)}
         with self.open() as reader:
-            yield from whole_buckets(self.arch, lambda name: reader.read(name, Box.whole(shapes[name])), wire, limit)
+            yield from Whole(self.arch, reader.read).buckets(wire, limit, rank)
+
+    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+        """An engine rank's parameters (`WeightSource`)."""
+        with self.open() as reader:
+            yield from Whole(self.arch, reader.read).params(engine, engine_rank, wire, limit, on, rank)
 
     def write(self, target: Path, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """A copy of this folder with new weights. Tensors that `values` lacks (an untrained MTP layer) are taken over from here.

@@ -8,6 +8,11 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+def number() -> int:
+    """This rank's."""
+    return dist.get_rank()
+
+
 def shared(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, on every rank. An exception of rank 0 is its own; the launcher then ends the others."""
     box: list[T | None] = [make() if dist.get_rank() == 0 else None]

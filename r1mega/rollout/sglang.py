@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from r1mega.config.rollout import Rollout
 from r1mega.errors import UserError
@@ -24,9 +25,10 @@ from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_servers import Fleet
-from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport
+from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport, checksum
 from r1mega.weights.architecture import Architecture, read_config
-from r1mega.weights.source import WeightSource
+from r1mega.weights.source import WeightSource, view
+from r1mega.weights.sync import Bucket
 from r1mega.weights.wire import Wire
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ class SglangEngine:
     def __init__(self, settings: Rollout, model_dir: Path, where: Surroundings) -> None:
         """Start or find the servers and wait for them; every rank calls it. UserError, one line, where that fails."""
         self._settings, self._sglang, self._where = settings, settings.sglang, where
+        self._wire = Wire(settings.dtype)
         self._arch = Architecture.from_hf(read_config(model_dir))
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
@@ -77,7 +80,8 @@ class SglangEngine:
                 return
             _log.warning("weight version %d did not reach the servers: %s", version, error)
             self._revive()
-        raise UserError(f"the SGLang servers do not take weight version {version}, tried {self._sglang.retries + 1} times; the last time: {error}")
+        tried = f"tried {self._sglang.retries + 1} times"
+        raise UserError(f"the SGLang servers do not take weight version {version}, {tried}; the last time: {error}")
 
     def _synced(self, source: WeightSource, version: int) -> str | None:
         """One attempt; what went wrong, the same on every rank."""
@@ -85,15 +89,38 @@ class SglangEngine:
         error = ranks.shared(lambda: _failure(lambda: (control.pause(), transport.begin())))
         if error is not None:
             return error
-        wire = Wire(self._settings.dtype)
-        mine: str | None = None
-        for bucket, flat in source.buckets(wire, self._sglang.bucket_bytes, transport.senders):
-            if flat is not None and mine is None:
-                mine = _failure(lambda bucket=bucket, flat=flat: transport.send(bucket, flat))
-        errors = [error for error in ranks.gathered(mine) if error is not None]
+        errors = [error for error in ranks.gathered(self._sent(source)) if error is not None]
         if errors:
             return errors[0]
-        return ranks.shared(lambda: _failure(lambda: (transport.end(), control.resume(version))))
+        error = ranks.shared(lambda: _failure(transport.end))
+        if error is None and self._sglang.checksums == "all" and self._where.platform == "cpu":
+            error = self._differing(source)
+        return error or ranks.shared(lambda: _failure(lambda: control.resume(version)))
+
+    def _sent(self, source: WeightSource) -> str | None:
+        """Send this rank's buckets, each while the next is gathered; why that failed. Gathering goes on then: other ranks take part."""
+        error: str | None = None
+        under_way: Future[str | None] | None = None
+        with ThreadPoolExecutor(1) as thread:
+            for bucket, flat in source.buckets(self._wire, self._sglang.bucket_bytes, self._transport.senders, ranks.number()):
+                if flat is not None:
+                    error = error or (under_way.result() if under_way else None)
+                    under_way = None if error else thread.submit(self._send, bucket, flat)
+            return error or (under_way.result() if under_way else None)
+
+    def _send(self, bucket: Bucket, flat: Tensor) -> str | None:
+        return _failure(lambda: self._transport.send(bucket, flat))
+
+    def _differing(self, source: WeightSource) -> str | None:
+        """Parameters of servers whose bytes are not those of the source, which is asked for them in the servers' own layout."""
+        layout, wanted = self._sglang.layout, list[dict[str, str]]()
+        for engine_rank in range(layout.tp):
+            sums: dict[str, str] = {}
+            for bucket, flat in source.params(layout, engine_rank, self._wire, self._sglang.bucket_bytes, 0, ranks.number()):
+                if flat is not None:
+                    sums |= {entry.name: checksum(view(flat, entry)) for entry in bucket.entries}
+            wanted.append(sums)
+        return ranks.shared(lambda: _failure(lambda: self._control.compare(wanted)))
 
     def _revive(self) -> None:
         """Replace servers that are lost."""

@@ -95,9 +95,7 @@ class ByBroadcast:
     def _ask(self, path: str, bodies: Sequence[Any]) -> list[Future[Any]]:
         """One request to each server, at the same time."""
         clients, timeout = self._control.clients, self._control.timeout_s
-        return [
-            self._threads.submit(client.post, path, body, timeout) for client, body in zip(clients, bodies, strict=True)
-        ]
+        return [self._threads.submit(client.post, path, body, timeout) for client, body in zip(clients, bodies, strict=True)]
 
     def _answers(self, asked: Sequence[Future[Any]]) -> None:
         """Wait for all; Failed where one did not succeed, and then there is no group any more."""

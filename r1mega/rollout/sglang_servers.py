@@ -99,9 +99,8 @@ class Started:
             return True
         if time.monotonic() - self._begin > self._settings.start_timeout_s:
             self.stop()
-            raise UserError(
-                f"an SGLang server was not ready within rollout.sglang.start_timeout_s={self._settings.start_timeout_s:g}; its log: {self.log}"
-            )
+            limit = f"rollout.sglang.start_timeout_s={self._settings.start_timeout_s:g}"
+            raise UserError(f"an SGLang server was not ready within {limit}; its log: {self.log}")
         return False
 
     def well(self) -> bool:
@@ -139,9 +138,8 @@ class Found:
             raise UserError(f"rollout.sglang.addresses: {'the server refuses the API key' if hint else ''}{hint} ({error})") from None
         except Unanswered as error:
             if time.monotonic() - self._begin > self._settings.start_timeout_s:
-                raise UserError(
-                    f"rollout.sglang.addresses: no SGLang server answers within start_timeout_s={self._settings.start_timeout_s:g} ({error})"
-                ) from None
+                limit = f"start_timeout_s={self._settings.start_timeout_s:g}"
+                raise UserError(f"rollout.sglang.addresses: no SGLang server answers within {limit} ({error})") from None
             return False
         return True
 

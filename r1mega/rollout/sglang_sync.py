@@ -4,9 +4,10 @@ Nothing is served between the pause and the end of a sync that went well, so no 
 """
 
 import base64
+import hashlib
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
+from r1mega.weights.source import view
 from r1mega.weights.sync import Bucket
 
 
@@ -63,15 +65,27 @@ class Control:
         """Close the session: the engine derives what it derives from weights."""
         self.post("/end_weight_update", {})
 
-    def checksums(self) -> list[list[dict[str, str]]]:
-        """By server and rank, the checksum of each parameter by the engine's name."""
-        return [[rank["checksums"] for rank in answer["ranks"]] for answer in self.post("/weights_checker", {"action": "checksum"})]
+    def compare(self, wanted: Sequence[Mapping[str, str]]) -> None:
+        """Hold the checksum of every parameter of every server against `wanted`, by rank of a server. Failed names those that differ."""
+        for client, answer in zip(self.clients, self.post("/weights_checker", {"action": "checksum"}), strict=True):
+            for rank, (sums, found) in enumerate(zip(wanted, answer["ranks"], strict=True)):
+                got = found["checksums"]
+                wrong = sorted(name for name in sums.keys() | got.keys() if sums.get(name) != got.get(name))
+                if wrong:
+                    where = f"{client.address}, rank {rank}" if len(wanted) > 1 else client.address
+                    more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+                    raise Failed(f"{where}: after the sync {', '.join(wrong[:4])}{more} are not the trainer's ({len(got)} compared)")
 
     def resume(self, version: int) -> None:
         """Serve the new weights under their version."""
         self.post("/flush_cache?timeout=60", {})
         self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         self.post("/continue_generation", {})
+
+
+def checksum(values: Tensor) -> str:
+    """As SGLang's `weights_checker` gives it of a tensor in host memory: the first 8 bytes of the SHA-256 of its bytes, in hex."""
+    return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()[:16]
 
 
 class Transport(Protocol):
@@ -131,7 +145,7 @@ class ByDisk:
     def send(self, bucket: Bucket, flat: Tensor) -> None:
         from safetensors.torch import save_file
 
-        tensors = {entry.name: _entry(flat, entry.offset, entry.nbytes, entry.dtype, entry.shape).cpu() for entry in bucket.entries}
+        tensors = {entry.name: view(flat, entry).cpu() for entry in bucket.entries}
         save_file(tensors, self._folder / f"{bucket.entries[0].name}.safetensors")
 
     def end(self) -> None:
@@ -143,10 +157,6 @@ class ByDisk:
     def close(self) -> None:
         for file in self._folder.glob("*.safetensors"):
             file.unlink()
-
-
-def _entry(flat: Tensor, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    return flat[offset : offset + nbytes].view(getattr(torch, dtype)).view(shape)
 
 
 def _pickled(bucket: Bucket, flat: Tensor) -> bytes:

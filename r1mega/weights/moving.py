@@ -9,6 +9,9 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.placement import LocalParam
 from r1mega.weights.plan import ExportPlan, Send
 
+Read = Callable[[str, Box], Tensor]
+"""A region of a canonical tensor, by the tensor's Hugging Face name."""
+
 Params = Mapping[tuple[int, str], Tensor]
 """Parameters and persistent buffers of a rank by (model chunk, name)."""
 
@@ -73,7 +76,7 @@ def _sections(buffer: Tensor, plan: ExportPlan, dtype: torch.dtype) -> tuple[Ten
     return floats, buffer[start : start + dtype.itemsize * plan.weight_elements].view(dtype)
 
 
-def load_local(params: Params, placed: Sequence[LocalParam], read: Callable[[str, Box], Tensor]) -> None:
+def load_local(params: Params, placed: Sequence[LocalParam], read: Read) -> None:
     """Fill this rank's parameters from `read(tensor name, box)`; padding becomes zero.
 
     Values are converted to the dtype of each parameter.
@@ -88,6 +91,6 @@ def load_local(params: Params, placed: Sequence[LocalParam], read: Callable[[str
                 param[piece.box.slices].copy_(read(piece.tensor, piece.source))
 
 
-def reader_of(tensors: Mapping[str, Tensor]) -> Callable[[str, Box], Tensor]:
+def reader_of(tensors: Mapping[str, Tensor]) -> Read:
     """`read` over tensors in memory."""
     return lambda name, box: tensors[name][box.slices]

@@ -1,16 +1,26 @@
 """Where an engine's weights come from: the shards of a trainer, a folder, tensors in memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from r1mega.config.engine_layout import EngineLayout
+from r1mega.config.layout import Layout
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.canonical import canonical
-from r1mega.weights.sync import Bucket, Entry
+from r1mega.weights.boxes import Box
+from r1mega.weights.direct import direct_plan
+from r1mega.weights.engine import engine_params
+from r1mega.weights.moving import Read, reader_of
+from r1mega.weights.placement import Spelling
+from r1mega.weights.sync import Bucket, Entry, FullPlan, full_plan
 from r1mega.weights.wire import Wire
+
+Filled = Iterator[tuple[Bucket, Tensor | None]]
+"""Buckets, and the bytes of each (uint8 [bucket.nbytes]) on the one rank that has it."""
 
 
 class WeightSource(Protocol):
@@ -23,17 +33,51 @@ class WeightSource(Protocol):
     def tensors(self, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
         """Every canonical tensor, whole, on every rank; in `dtype` where the source has to make them, else as they are."""
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None) -> Iterator[tuple[Bucket, Tensor | None]]:
-        """The same tensors bucket by bucket, in such pieces that no rank needs room for more than a few buckets.
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
+        """The same tensors in buckets, of which no rank holds more than two at a time.
 
         Args:
             wire: dtypes and names as the engine is sent them.
             limit: bytes of a bucket.
             senders: ranks that buckets may be gathered on; None: any.
-
-        Yields:
-            Each bucket, and its bytes (uint8 [bucket.nbytes]) on the rank `bucket.sender`, valid until the next one is asked for.
+            rank: this one.
         """
+
+    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+        """The parameters of one rank of a server as it keeps them, gathered on rank `on`. What nobody holds, padding, is zero."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Weights that every rank can read whole. Rank 0 alone sends them."""
+
+    arch: Architecture
+    read: Read
+
+    def buckets(self, wire: Wire, limit: int, rank: int) -> Filled:
+        """See `WeightSource.buckets`."""
+        for bucket in _whole_plan(self.arch, wire, limit).buckets:
+            yield bucket, self._filled(bucket) if rank == bucket.sender else None
+
+    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+        """See `WeightSource.params`."""
+        placed = {param.name: param for param in engine_params(self.arch, engine, engine_rank)}
+        plan = direct_plan(self.arch, Layout(), 1, Spelling(), engine, wire, first=1)
+        for bucket in plan.buckets(1 + engine_rank, limit):
+            flat = None
+            if rank == on:
+                flat = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+                for entry in bucket.entries:
+                    values = view(flat, entry).view(placed[entry.name].shape)
+                    for piece in placed[entry.name].pieces:
+                        values[piece.box.slices].copy_(self.read(piece.tensor, piece.source))
+            yield bucket, flat
+
+    def _filled(self, bucket: Bucket) -> Tensor:
+        flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        for entry in bucket.entries:
+            view(flat, entry).copy_(self.read(entry.name, Box.whole(entry.shape)))
+        return flat
 
 
 @dataclass(frozen=True)
@@ -48,58 +92,31 @@ class Mapped:
     rounded: torch.dtype | None = None
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._read(name)) for name in self.weights)
+        """See `WeightSource.tensors`."""
+        return ((name, self._rounded(weight)) for name, weight in self.weights.items())
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None) -> Iterator[tuple[Bucket, Tensor | None]]:
-        return whole_buckets(self.arch, self._read, wire, limit)
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
+        """See `WeightSource.buckets`."""
+        return self._whole.buckets(wire, limit, rank)
 
-    def _read(self, name: str) -> Tensor:
-        return self.weights[name] if self.rounded is None else self.weights[name].to(self.rounded)
+    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+        """See `WeightSource.params`."""
+        return self._whole.params(engine, engine_rank, wire, limit, on, rank)
 
+    @property
+    def _whole(self) -> Whole:
+        read = reader_of(self.weights)
+        return Whole(self.arch, lambda name, box: self._rounded(read(name, box)))
 
-def whole_buckets(arch: Architecture, read: Callable[[str], Tensor], wire: Wire, limit: int) -> Iterator[tuple[Bucket, Tensor | None]]:
-    """Buckets of tensors that rank 0 reads whole, one after the other."""
-    import torch.distributed as dist
-
-    for bucket in _simple(arch, wire, limit):
-        yield bucket, _filled(bucket, read) if dist.get_rank() == 0 else None
-
-
-def _filled(bucket: Bucket, read: Callable[[str], Tensor]) -> Tensor:
-    flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
-    for entry in bucket.entries:
-        place = flat[entry.offset : entry.offset + entry.nbytes].view(getattr(torch, entry.dtype)).view(entry.shape)
-        place.copy_(read(entry.name))
-    return flat
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return weight if self.rounded is None else weight.to(self.rounded)
 
 
-def _simple(arch, wire, limit):
-    group, size, seen = [], 0, []
-    out = []
-    units = {}
-    for t in canonical(arch):
-        if t.copy_of is not None or t.name.startswith(tuple(f"model.layers.{arch.layers + d}." for d in range(arch.mtp_layers))):
-            continue
-        key = t.name.replace("kv_a_proj_with_mqa", "q_a_proj")
-        units.setdefault(key, []).extend(wire.of(t))
+def view(flat: Tensor, entry: Entry) -> Tensor:
+    """An entry among its bucket's bytes."""
+    return flat[entry.offset : entry.offset + entry.nbytes].view(getattr(torch, entry.dtype)).view(entry.shape)
 
-    def flush():
-        nonlocal group, size
-        if not group:
-            return
-        entries = []
-        off = 0
-        for sent in sorted(group, key=lambda x: x.dtype != "float32"):
-            entries.append(Entry(sent.name, sent.dtype, sent.shape, off, sent.nbytes))
-            off += sent.nbytes
-        out.append(Bucket(0, tuple(entries), {}))
-        group, size = [], 0
 
-    for unit in units.values():
-        n = sum(x.nbytes for x in unit)
-        if size + n > limit:
-            flush()
-        group += unit
-        size += n
-    flush()
-    return out
+@lru_cache(maxsize=4)
+def _whole_plan(arch: Architecture, wire: Wire, limit: int) -> FullPlan:
+    return full_plan(arch, Layout(), 1, Spelling(), wire, limit)

@@ -54,7 +54,7 @@ def _latent_attention() -> None:
 
 
 def _seeded_sampling() -> None:
-    """Requests' seeds count in SGLang's deterministic mode only, which replaces matrix products by Triton kernels and hashes in a kernel."""
+    """Requests' seeds count in SGLang's deterministic mode alone, which replaces matrix products by Triton kernels and hashes in one."""
     from sglang.srt import batch_invariant_ops
     from sglang.srt.layers import sampler
 
