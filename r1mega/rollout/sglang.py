@@ -24,7 +24,7 @@ from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
-from r1mega.rollout.sglang_servers import Fleet
+from r1mega.rollout.sglang_servers import Fleet, check_model
 from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport, checksum
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.source import WeightSource, view
@@ -51,6 +51,8 @@ class SglangEngine:
         self._source: WeightSource | None = None
         self._version = -1
         self._connect()
+        if self._sglang.addresses:
+            ranks.shared(lambda: [check_model(client, model_dir, self._sglang.layout) for client in self._pool.clients])
 
     def _connect(self) -> None:
         """Wait until all servers answer, and learn where they are."""
@@ -124,6 +126,8 @@ class SglangEngine:
 
     def _revive(self) -> None:
         """Replace servers that are lost."""
+        self._pool.close()
+        self._transport.close()
         fleet = self._fleet
         ranks.shared(lambda: fleet is not None and fleet.replace_lost())
         self._connect()

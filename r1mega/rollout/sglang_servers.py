@@ -6,20 +6,25 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from r1mega import env
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.rollout import Sglang
 from r1mega.errors import UserError
 from r1mega.process import die_with_parent
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
+from r1mega.weights.architecture import Architecture, read_config
+from r1mega.weights.engine import engine_params
 
 _LAUNCHER = Path(__file__).with_name("sglang_serve.py")
 _KEY = "R1MEGA_ENGINE_KEY"
 _CPU_TOKENS = 65_536
 _LOOK_S = 1.0
 _ANSWER_S = 30.0
+_CHECK_S = 600.0
 _CPU_ARGUMENTS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-cuda-graph", "--disable-radix-cache", "--sleep-on-idle"),
@@ -194,6 +199,33 @@ class Fleet:
         """End what was started."""
         for server in self.servers:
             server.stop()
+
+
+def check_model(client: Client, model_dir: Path, layout: EngineLayout) -> None:
+    """UserError, one line, that lists what differs between a server's model and the one that `model_dir` describes.
+
+    Shapes are compared where the server's folder can be read from here; the names of parameters always.
+    """
+    info, config = client.get("/model_info", _ANSWER_S), read_config(model_dir)
+    if not isinstance(info, dict) or "model_path" not in info:
+        raise UserError(f"rollout.sglang.addresses: {client.address} is no SGLang server")
+    serves, arch = f"{client.address} serves {info['model_path']}", Architecture.from_hf(config)
+    if info.get("architectures") != config.get("architectures"):
+        raise UserError(f"{serves}, a {info.get('architectures')}; the model {model_dir} is a {config.get('architectures')}")
+    folder = Path(info["model_path"])
+    if (folder / "config.json").is_file():
+        other = Architecture.from_hf(read_config(folder))
+        pairs = [(field.name, getattr(other, field.name), getattr(arch, field.name)) for field in fields(arch)]
+        wrong = [f"{name} {theirs} instead of {ours}" for name, theirs, ours in pairs if theirs != ours]
+        if wrong:
+            raise UserError(f"{serves}, which differs from {model_dir}: {', '.join(wrong)}")
+    for rank, found in enumerate(client.post("/weights_checker", {"action": "checksum"}, _CHECK_S)["ranks"]):
+        names = {param.name for param in engine_params(arch, layout, rank)}
+        unknown = sorted(names ^ found["checksums"].keys())
+        if unknown:
+            raise UserError(
+                f"{serves}, whose parameters differ from those of {model_dir} under rollout.sglang.layout: {', '.join(unknown[:4])}"
+            )
 
 
 def _free_port() -> int:

@@ -1,0 +1,247 @@
+"""The SGLang engine against a real server, one per family and test run."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sglang_ranks
+import sglang_support as support
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from megatron_support import cpu_platform
+from torch import Tensor
+
+from r1mega.config.rollout import Sglang
+from r1mega.errors import UserError
+from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
+from r1mega.rollout.local import LocalEngine
+from r1mega.rollout.sglang_servers import Started
+from r1mega.rollout.sglang_sync import checksum
+from r1mega.weights.source import view
+from r1mega.weights.wire import Wire
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+PLAIN = SamplingParams(stop_token_ids=(2,))
+
+
+@pytest.fixture(scope="module", params=support.MODELS)
+def served(request, tmp_path_factory) -> Iterator[tuple[Started, Path]]:
+    model = support.MODELS[request.param]
+    with support.served(model, tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(support.KEY, server.client.key)
+        with cpu_platform():
+            yield server, model
+
+
+@pytest.fixture(scope="module")
+def joined(served, tmp_path_factory):
+    """An engine with weights of seed 0, and `transformers`' model with the same."""
+    server, model = served
+    folder = tmp_path_factory.mktemp("reference")
+    with support.engine(server, model, folder) as engine:
+        engine.sync(support.source(model, 0), version=0)
+        yield engine, support.reference(model, 0, folder)
+
+
+def restored(engine, model: Path) -> None:
+    engine.sync(support.source(model, 0), version=0)
+
+
+# ---------------------------------------------------------------- drawing and scoring
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, SamplingParams(0.6, 0.8), SamplingParams(1.7, 1.0, (2, 9)), SamplingParams(0.0)])
+def test_log_probs_are_the_trainers(joined, sampling):
+    engine, model = joined
+    samples = engine.generate(support.requests(), sampling)
+    assert support.gap(model, samples, sampling) <= 1e-4
+    assert {sample.finish for sample in samples} <= {"stop", "length"}
+    for request, sample in zip(support.requests(), samples, strict=True):
+        assert sample.prompt_ids == request.prompt_ids
+        assert (sample.weight_version, sample.earlier_versions) == (0, ())
+        stops = set(sampling.stop_token_ids) | {2}
+        assert (sample.finish == "stop") == (sample.response_ids[-1] in stops)
+        assert sample.finish == "stop" or len(sample.response_ids) == request.max_new_tokens
+        assert not stops & set(sample.response_ids[:-1])
+
+
+def test_a_seed_alone_decides_what_is_drawn(joined):
+    engine, _ = joined
+    asked = support.requests()
+    together = engine.generate(asked, PLAIN)
+    assert engine.generate(asked[::-1], PLAIN) == together[::-1]
+    assert [sample for request in asked[:3] for sample in engine.generate([request], PLAIN)] == together[:3]
+    other = engine.generate([replace(request, seed=request.seed + 1) for request in asked], PLAIN)
+    assert sum(a.response_ids != b.response_ids for a, b in zip(together, other, strict=True)) >= 10
+
+
+def test_nucleus_leaves_out_what_is_beyond_it(joined):
+    engine, model = joined
+    prompt = support.requests()[0].prompt_ids
+    first = [
+        sample.response_ids[0] for sample in engine.generate([Request(prompt, seed, 1) for seed in range(200)], SamplingParams(1.0, 0.3))
+    ]
+    probs = model(input_ids=torch.tensor([prompt])).logits[0, -1].float().softmax(-1)
+    ordered = probs.sort(descending=True)
+    inside = ordered.indices[ordered.values.cumsum(0) - ordered.values < 0.3].tolist()
+    assert set(first) <= set(inside)
+    assert len(set(first)) > 1
+
+
+def test_scores_are_those_of_the_embedded_engine(joined, served, tmp_path):
+    engine, _ = joined
+    _, model = served
+    local = LocalEngine(model)
+    local.sync(support.source(model, 0), version=0)
+    scorings = [Scoring(tuple(range(3, 40)), 5), Scoring((4, 9, 9, 10), 1), Scoring((7, 8, 9), 2)]
+    for found, expected in zip(engine.score(scorings, 5), local.score(scorings, 5), strict=True):
+        assert torch.allclose(found.logprobs, expected.logprobs, atol=1e-4)
+        assert torch.allclose(found.top_logprobs, expected.top_logprobs, atol=1e-4)
+        assert torch.equal(found.top_ids, expected.top_ids)
+    assert engine.score(scorings[:1], 0)[0].top_ids.shape == (32, 0)
+
+
+def test_what_cannot_be_asked_is_refused_and_kills_nobody(joined):
+    engine, _ = joined
+    for request, reason in [
+        (Request((5, 128), 1, 4), "outside the vocabulary"),
+        (Request((5,) * 510, 1, 4), "exceed the model's context"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            engine.generate([request], PLAIN)
+    (sample,) = engine.generate([Request((5,) * 500, 1, 12)], SamplingParams(0.0))
+    assert len(sample.response_ids) == 12 or sample.finish == "stop"
+
+
+# ---------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("limit", [1, 60_000, 2**28])
+@pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
+def test_every_transport_brings_every_weight(served, tmp_path, transport, limit):
+    server, model = served
+    (tmp_path / "reference").mkdir()
+    seed = {"tensor": 1, "distributed": 2, "disk": 3}[transport]
+    expected = support.reference(model, seed, tmp_path / "reference")
+    with support.engine(server, model, tmp_path, transport=transport, bucket_bytes=limit) as engine:
+        engine.sync(support.source(model, 50), version=49)
+        engine.sync(support.source(model, seed), version=seed)
+        samples = engine.generate(support.requests(), PLAIN)
+        assert {sample.weight_version for sample in samples} == {seed}
+        assert support.gap(expected, samples, PLAIN) <= 1e-4
+    assert sums(server) == wanted(model, seed)
+    assert not list(tmp_path.glob("**/weights/*.safetensors"))
+
+
+def sums(server: Started) -> dict[str, str]:
+    (rank,) = server.client.post("/weights_checker", {"action": "checksum"}, 60)["ranks"]
+    return rank["checksums"]
+
+
+def wanted(model: Path, seed: int) -> dict[str, str]:
+    found = support.source(model, seed).params(Sglang().layout, 0, Wire("float32"), 2**28, 0, 0)
+    return {entry.name: checksum(view(flat, entry)) for bucket, flat in found for entry in bucket.entries}
+
+
+LAYOUTS = [{"tp": 2}, {"pp": 2}, {}]
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
+def test_shards_of_two_ranks_reach_the_server(served, tmp_path, transport):
+    server, model = served
+    layouts = [*LAYOUTS, {"ep": 2}] if "base" in model.name else LAYOUTS
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = support.settings(server, transport=transport, bucket_bytes=50_000).model_dump_json()
+    mp.spawn(sglang_ranks.work, (2, store.port, tmp_path, model, settings, layouts), nprocs=2)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    for index in range(len(layouts)):
+        folder = tmp_path / f"reference-{index}"
+        folder.mkdir()
+        samples = [Sample(**row) for rank in found for row in rank[index]]
+        assert {sample.weight_version for sample in samples} == {100 + index}
+        assert support.gap(support.reference(model, 100 + index, folder), samples, PLAIN) <= 1e-4
+    assert sums(server) == wanted(model, 100 + len(layouts) - 1)
+
+
+def test_weights_that_arrive_altered_are_named_and_never_served(served, joined, tmp_path, monkeypatch):
+    server, model = served
+    with support.engine(server, model, tmp_path) as engine:
+        send = engine._transport.send
+
+        def altered(bucket, flat: Tensor) -> None:
+            for entry in bucket.entries:
+                if entry.name == "model.layers.1.self_attn.o_proj.weight":
+                    view(flat, entry)[3, 5] += 1e-3
+            send(bucket, flat)
+
+        monkeypatch.setattr(engine, "_new_transport", lambda: engine._transport)
+        monkeypatch.setattr(engine._transport, "send", altered)
+        with pytest.raises(UserError, match=r"tried 2 times; the last time: .*model\.layers\.1\.self_attn\.o_proj\.weight are not the"):
+            engine.sync(support.source(model, 4), version=4)
+        with ThreadPoolExecutor(1) as thread:
+            held = thread.submit(
+                engine._pool.clients[0].post, "/generate", {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}, 60
+            )
+            time.sleep(3)
+            assert not held.done(), "a server whose weights are not right must stay paused"
+            restored(engine, model)
+            assert held.result()["meta_info"]["weight_version"] == "0"
+
+
+def test_a_server_that_was_synced_by_nobody_serves_nothing(served, tmp_path):
+    server, model = served
+    with support.engine(server, model, tmp_path) as engine, pytest.raises(UserError, match="has no weights"):
+        engine.generate(support.requests()[:1], PLAIN)
+
+
+# ---------------------------------------------------------------- servers that are not as they should be
+
+
+def test_a_wrong_key_is_one_line(served, tmp_path, monkeypatch):
+    server, model = served
+    monkeypatch.setenv(support.KEY, "another")
+    with (
+        pytest.raises(UserError, match=f"refuses the API key: what {support.KEY} holds.*HTTP 401") as error,
+        support.engine(server, model, tmp_path),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+    assert server.client.key not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_one_line(served, tmp_path):
+    server, model = served
+    with (
+        pytest.raises(UserError, match=r"no SGLang server answers within start_timeout_s=2 \(http://127.0.0.1:9/model_info: .*refused"),
+        support.engine(server, model, tmp_path, addresses=("http://127.0.0.1:9",), start_timeout_s=2.0),
+    ):
+        pass
+
+
+def test_another_model_on_the_server_is_named(served, tmp_path):
+    server, model = served
+    other = next(path for path in support.MODELS.values() if path != model)
+    with pytest.raises(UserError, match=r"serves .*Causal.*") as error, support.engine(server, other, tmp_path):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_the_key_is_in_no_log_and_no_list_of_processes(served):
+    server, _ = served
+    assert server.client.key not in server.log.read_text(errors="replace")
+    assert server.client.key not in repr(server.client)
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    assert not [command for command in commands if server.client.key.encode() in command]
+
+
+def test_an_address_is_a_model_folder_of_its_own(served):
+    server, model = served
+    assert server.client.get("/model_info", 30)["model_path"] == str(model)
+    assert ModelFolder(model).arch.vocab == 128
