@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,11 @@ def requests(count: int = 12, longest: int = 20, new: int = 16) -> list[Request]
         Request(tuple(torch.randint(3, 128, (length,), generator=generator).tolist()), 2**61 + 7 * index, new)
         for index, length in enumerate(lengths)
     ]
+
+
+def same(found: list[Sample], expected: list[Sample]) -> bool:
+    """Whether the same tokens were drawn. What else is in the batch moves log-probs in their last digits."""
+    return all(
+        replace(a, logprobs=()) == replace(b, logprobs=()) and torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+        for a, b in zip(found, expected, strict=True)
+    )

@@ -41,7 +41,7 @@ def test_a_server_killed_during_a_rollout_and_during_a_sync_loses_nothing(tmp_pa
             samples = engine.generate(ASKED, PLAIN)
             second = engine._fleet.servers[0]
             assert second.pid != first.pid
-            assert samples == expected
+            assert support.same(samples, expected)
 
             send, sent = engine._transport.send, []
 
