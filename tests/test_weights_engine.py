@@ -1,14 +1,9 @@
 """SGLang's own layout: the boxes against what its loaders do with full tensors."""
 
 import torch
-from test_weights_families import FAMILIES, small
-from test_weights_table import V3, tiny
 
-from r1mega.config.engine_layout import EngineLayout
 from r1mega.weights import fp8
-from r1mega.weights.architecture import Architecture
 from r1mega.weights.canonical import canonical
-from r1mega.weights.engine import derived, engine_holders, engine_params
 from r1mega.weights.shipping import torch_dtype
 from r1mega.weights.table import Storage
 

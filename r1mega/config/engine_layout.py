@@ -17,9 +17,7 @@ class EngineLayout(Closed):
     tp: int = Field(1, ge=1, description="GPUs of one server (--tp-size)")
     ep: int = Field(1, ge=1, description="ranks over which a server's experts are spread; the other tp / ep cut each expert (--ep-size)")
     attn_dp: int = Field(1, ge=1, description="copies of the attention in one server, each over tp / attn_dp GPUs (--attn-dp-size)")
-    dense_tp: Literal["tp", "whole"] = Field(
-        "tp", description="'whole': every GPU holds all of the dense MLPs (--moe-dense-tp-size 1)"
-    )
+    dense_tp: Literal["tp", "whole"] = Field("tp", description="'whole': every GPU holds all of the dense MLPs (--moe-dense-tp-size 1)")
     shared_experts: Literal["tp", "fused", "whole"] = Field(
         "tp",
         description="'tp': cut over the GPUs; 'fused': one more routed expert, SGLang's choice for DeepSeek-V3 on CUDA unless ep > 1 or "
@@ -48,3 +46,13 @@ class EngineLayout(Closed):
     def ranks(self) -> int:
         """GPUs of all servers."""
         return self.servers * self.tp
+
+
+class EngineFile(Closed):
+    """An engine's layout and what it is sent: one YAML file, such as those in `configs/engines`."""
+
+    model: str = Field("", description="the model that the layout was made for")
+    source: str = Field("", description="where the layout was published")
+    colocated: bool = Field(False, description="trainer and engine share their GPUs, rank by rank")
+    block_fp8: bool = Field(False, description="weights are sent as DeepSeek's block FP8, otherwise in bfloat16")
+    engine: EngineLayout

@@ -18,7 +18,6 @@ from r1mega.weights.canonical import Tensor, canonical
 from r1mega.weights.placement import Holders, Spelling, holders
 from r1mega.weights.table import Storage
 
-
 Held = dict[str, list[tuple[Piece, tuple[int, ...]]]]
 """By canonical tensor, the pieces that make it up, each with all ranks that hold it in the same place."""
 
