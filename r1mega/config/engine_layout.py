@@ -46,3 +46,13 @@ class EngineLayout(Closed):
     def ranks(self) -> int:
         """GPUs of all servers."""
         return self.servers * self.tp
+
+
+class EngineFile(Closed):
+    """An engine's layout and what it is sent: one YAML file, such as those in `configs/engines`."""
+
+    model: str = Field("", description="the model that the layout was made for")
+    source: str = Field("", description="where the layout was published")
+    colocated: bool = Field(False, description="trainer and engine share their GPUs, rank by rank")
+    block_fp8: bool = Field(False, description="weights are sent as DeepSeek's block FP8, otherwise in bfloat16")
+    engine: EngineLayout

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from r1mega.config import suites, tree, yaml
 from r1mega.config.base import Closed, PathMark
 from r1mega.config.checks import check
+from r1mega.config.engine_layout import EngineFile
 from r1mega.config.evaluation import Suite
 from r1mega.config.layout import LayoutFile
 from r1mega.config.schema import Recipe
@@ -86,6 +87,11 @@ def load_suite(name: str, rows: Path | None = None, overrides: Sequence[str] = (
 def load_layout(path: Path) -> LayoutFile:
     """Read one layout from its YAML file; UserError, one line, when it does not suit its own number of ranks."""
     return _load(LayoutFile, path, [])
+
+
+def load_engine(path: Path) -> EngineFile:
+    """Read one engine's layout from its YAML file; UserError, one line, when its sizes do not divide."""
+    return _load(EngineFile, path, [])
 
 
 def dump_resolved(recipe: Recipe) -> str:

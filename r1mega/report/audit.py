@@ -14,7 +14,7 @@ _FIGURES = {"stored tensors": "stored_tensors", "stored bytes": "stored_bytes", 
 def described(folder: Path, expected: Figures) -> list[str]:
     """The figures of a checkpoint that is not there."""
     rows = [[what, f"{getattr(expected, name):,}"] for what, name in _FIGURES.items()]
-    return [f"{folder}: no weights here; the checkpoint that its config.json describes holds", *_columns(rows)]
+    return [f"{folder}: no weights here; the checkpoint that its config.json describes holds", *columns(rows)]
 
 
 def inspected(folder: Path, expected: Figures, found: Figures, findings: Findings) -> list[str]:
@@ -22,7 +22,7 @@ def inspected(folder: Path, expected: Figures, found: Figures, findings: Finding
     rows = [["", "found", "config.json"]]
     rows += [[what, f"{getattr(found, name):,}", f"{getattr(expected, name):,}"] for what, name in _FIGURES.items()]
     lines = findings.lines()
-    return [f"{folder}:", *_columns(rows), f"{len(lines)} findings" if lines else "no findings", *(f"  {line}" for line in lines)]
+    return [f"{folder}:", *columns(rows), f"{len(lines)} findings" if lines else "no findings", *(f"  {line}" for line in lines)]
 
 
 def fitted(source: Path, file: LayoutFile, classes: Sequence[RankClass]) -> list[str]:
@@ -32,7 +32,7 @@ def fitted(source: Path, file: LayoutFile, classes: Sequence[RankClass]) -> list
         stages = sorted({file.layout.coordinates(rank, file.ranks).pp for rank in found.ranks})
         counts = (found.parameters, found.values, found.bytes_in_bf16)
         rows.append([spans(found.ranks), str(len(found.ranks)), spans(stages), *(f"{count:,}" for count in counts)])
-    return [f"{source}: {_sizes(file.layout, file.ranks)}; fits", "a rank of each class holds", *_columns(rows)]
+    return [f"{source}: {_sizes(file.layout, file.ranks)}; fits", "a rank of each class holds", *columns(rows)]
 
 
 def built(rank: int, file: LayoutFile, params: Sequence[LocalParam], differences: Sequence[str], library: str) -> list[str]:
@@ -44,7 +44,7 @@ def built(rank: int, file: LayoutFile, params: Sequence[LocalParam], differences
     )
     return [
         f"rank {rank}: tp {at.tp}, cp {at.cp}, dp {at.dp}, pp {at.pp}; experts: etp {at.etp}, ep {at.ep}, edp {at.edp}",
-        *_columns([["chunk", "parameter", "shape"], *rows], numbers=False),
+        *columns([["chunk", "parameter", "shape"], *rows], numbers=False),
         f"{len(params)} parameters and buffers, {verdict}",
         *(f"  {line}" for line in differences),
     ]
@@ -67,7 +67,7 @@ def _sizes(layout: Layout, ranks: int) -> str:
     return f"{ranks:,} ranks, {', '.join(f'{name} {size}' for name, size in sizes.items())}"
 
 
-def _columns(rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
+def columns(rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
     """Aligned columns: the first to the left, the others to the right when they are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = (

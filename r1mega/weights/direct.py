@@ -31,6 +31,8 @@ class DirectPlan:
 
     `nbytes[ranks, h]` is what each rank of target group h takes from the replicas `ranks`, and `senders[ranks, h]` names for each of them
     the one replica that serves it: the rank itself where it holds the elements, otherwise the one with the least to send.
+    `quantised_late` counts parameters, once per group, that are quantised where their regions come together, as some trainer rank's
+    region cuts a block.
     """
 
     wire: Wire
@@ -39,6 +41,7 @@ class DirectPlan:
     senders: Mapping[tuple[Ranks, int], Ranks]
     held: Held
     shapes: Mapping[str, tuple[int, ...]]
+    quantised_late: int
 
     def links(self) -> Counter[tuple[int, int]]:
         """Bytes by (trainer rank, engine rank), without what stays where it is."""
@@ -129,14 +132,17 @@ def direct_plan(
             check_block_fp8(param, shapes)
     held = held_pieces(holders(arch, layout, world_size, spelling))
     nbytes: Counter[tuple[Ranks, int]] = Counter()
+    late = 0
     for h, group in enumerate(target):
         for param in engine_group(group):
             regions = list(_regions(param, held, shapes))
-            coded = wire.quantises(param.storage) and all(whole for _, _, _, whole in regions)
+            quantised = wire.quantises(param.storage)
+            coded = quantised and all(whole for _, _, _, whole in regions)
+            late += quantised and not coded
             itemsize = ITEMSIZE["float8_e4m3fn" if coded else wire.dtype_of(param.storage)]
             for ranks, size, blocks, _ in regions:
                 nbytes[ranks, h] += size * itemsize + (blocks * ITEMSIZE["float32"] if coded else 0)
-    return DirectPlan(wire, target, nbytes, _senders(target, nbytes), held, shapes)
+    return DirectPlan(wire, target, nbytes, _senders(target, nbytes), held, shapes, late)
 
 
 def _regions(param: EngineParam, held: Held, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Ranks, int, int, bool]]:
