@@ -24,7 +24,7 @@ from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
 from r1mega.rollout.local import LocalEngine
 from r1mega.rollout.sglang_servers import Started
 from r1mega.rollout.sglang_sync import checksum
-from r1mega.weights.source import view
+from r1mega.weights.shipping import tensors
 from r1mega.weights.wire import Wire
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -147,7 +147,7 @@ def sums(server: Started) -> dict[str, str]:
 
 def wanted(model: Path, seed: int) -> dict[str, str]:
     found = support.source(model, seed).params(Sglang().layout, 0, Wire("float32"), 2**28, 0, 0)
-    return {entry.name: checksum(view(flat, entry)) for bucket, flat in found for entry in bucket.entries}
+    return {name: checksum(value) for bucket, flat in found for name, value in tensors(bucket, flat)}
 
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {}]
@@ -176,9 +176,9 @@ def test_weights_that_arrive_altered_are_named_and_never_served(served, joined, 
         send = engine._transport.send
 
         def altered(bucket, flat: Tensor) -> None:
-            for entry in bucket.entries:
-                if entry.name == "model.layers.1.self_attn.o_proj.weight":
-                    view(flat, entry)[3, 5] += 1e-3
+            for name, value in tensors(bucket, flat):
+                if name == "model.layers.1.self_attn.o_proj.weight":
+                    value[3, 5] += 1e-3
             send(bucket, flat)
 
         monkeypatch.setattr(engine, "_new_transport", lambda: engine._transport)

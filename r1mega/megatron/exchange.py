@@ -81,12 +81,12 @@ class Exchange:
     def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
         """See `WeightSource.buckets`."""
         plan = full_plan(self._arch, self._layout, self._world, self._spelling, wire, limit, senders)
-        return gathered(plan.buckets, self._weights)
+        return gathered(plan.buckets, self._weights, wire)
 
     def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
         """See `WeightSource.params`."""
         plan = direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, first=self._world)
-        return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, on)
+        return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, wire, on)
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

@@ -27,7 +27,8 @@ from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_servers import Fleet, check_model
 from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport, checksum
 from r1mega.weights.architecture import Architecture, read_config
-from r1mega.weights.source import WeightSource, view
+from r1mega.weights.shipping import tensors
+from r1mega.weights.source import WeightSource
 from r1mega.weights.sync import Bucket
 from r1mega.weights.wire import Wire
 
@@ -120,7 +121,7 @@ class SglangEngine:
             sums: dict[str, str] = {}
             for bucket, flat in source.params(layout, engine_rank, self._wire, self._sglang.bucket_bytes, 0, ranks.number()):
                 if flat is not None:
-                    sums |= {entry.name: checksum(view(flat, entry)) for entry in bucket.entries}
+                    sums |= {name: checksum(value) for name, value in tensors(bucket, flat)}
             wanted.append(sums)
         return ranks.shared(lambda: _failure(lambda: self._control.compare(wanted)))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
-from r1mega.weights.source import view
+from r1mega.weights.shipping import tensors
 from r1mega.weights.sync import Bucket
 
 
@@ -145,8 +145,7 @@ class ByDisk:
     def send(self, bucket: Bucket, flat: Tensor) -> None:
         from safetensors.torch import save_file
 
-        tensors = {entry.name: view(flat, entry).cpu() for entry in bucket.entries}
-        save_file(tensors, self._folder / f"{bucket.entries[0].name}.safetensors")
+        save_file({name: value.cpu() for name, value in tensors(bucket, flat)}, self._folder / f"{bucket.entries[0].name}.safetensors")
 
     def end(self) -> None:
         self._control.post(

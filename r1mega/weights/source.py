@@ -16,7 +16,8 @@ from r1mega.weights.direct import direct_plan
 from r1mega.weights.engine import engine_params
 from r1mega.weights.moving import Read, reader_of
 from r1mega.weights.placement import Spelling
-from r1mega.weights.sync import Bucket, Entry, FullPlan, full_plan
+from r1mega.weights.shipping import tensors
+from r1mega.weights.sync import Bucket, FullPlan, full_plan
 from r1mega.weights.wire import Wire
 
 Filled = Iterator[tuple[Bucket, Tensor | None]]
@@ -67,16 +68,16 @@ class Whole:
             flat = None
             if rank == on:
                 flat = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-                for entry in bucket.entries:
-                    values = view(flat, entry).view(placed[entry.name].shape)
-                    for piece in placed[entry.name].pieces:
+                for name, value in tensors(bucket, flat):
+                    values = value.view(placed[name].shape)
+                    for piece in placed[name].pieces:
                         values[piece.box.slices].copy_(self.read(piece.tensor, piece.source))
             yield bucket, flat
 
     def _filled(self, bucket: Bucket) -> Tensor:
         flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        for entry in bucket.entries:
-            view(flat, entry).copy_(self.read(entry.name, Box.whole(entry.shape)))
+        for name, value in tensors(bucket, flat):
+            value.copy_(self.read(name, Box.whole(tuple(value.shape))))
         return flat
 
 
@@ -110,11 +111,6 @@ class Mapped:
 
     def _rounded(self, weight: Tensor) -> Tensor:
         return weight if self.rounded is None else weight.to(self.rounded)
-
-
-def view(flat: Tensor, entry: Entry) -> Tensor:
-    """An entry among its bucket's bytes."""
-    return flat[entry.offset : entry.offset + entry.nbytes].view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 @lru_cache(maxsize=4)
