@@ -19,7 +19,6 @@ from torch import Tensor
 
 from r1mega.config.rollout import Sglang
 from r1mega.errors import UserError
-from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
 from r1mega.rollout.local import LocalEngine
 from r1mega.rollout.sglang_servers import Started
@@ -239,9 +238,3 @@ def test_the_key_is_in_no_log_and_no_list_of_processes(served):
     assert server.client.key not in repr(server.client)
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not [command for command in commands if server.client.key.encode() in command]
-
-
-def test_an_address_is_a_model_folder_of_its_own(served):
-    server, model = served
-    assert server.client.get("/model_info", 30)["model_path"] == str(model)
-    assert ModelFolder(model).arch.vocab == 128

@@ -77,6 +77,7 @@ def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
         UserError: names the stage and the numbers that do not fit.
     """
     from r1mega.weights.architecture import Architecture, read_config
+    from r1mega.weights.engine import check_engine
 
     for name, stage in recipe.stages.items():
         try:
@@ -87,6 +88,8 @@ def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
                 arch = Architecture.from_hf(read_config(folder))
                 if key in ("model", "architecture"):
                     _check_layout(recipe, stage, arch)
+                if recipe.rollout.engine == "sglang" and arch.head == "lm":
+                    check_engine(arch, recipe.rollout.sglang.layout)
                 if isinstance(stage, Grpo):
                     for reward in stage.reward_models.values():
                         _check_reward_model(recipe, arch, reward.model, inputs)

@@ -23,10 +23,13 @@ class Surroundings:
 
 def require(settings: Rollout) -> None:
     """UserError for an engine that cannot be opened."""
-    if settings.engine == "sglang" and not settings.sglang.addresses:
-        from r1mega.rollout.sglang_servers import interpreter
+    if settings.engine == "sglang":
+        from r1mega.rollout.sglang_servers import interpreter, key_of
 
-        interpreter(settings.sglang)
+        if settings.sglang.addresses:
+            key_of(settings.sglang)
+        else:
+            interpreter(settings.sglang)
 
 
 def open_endpoint(endpoint: Endpoint, sampling: Sampling) -> Teacher:

@@ -1,5 +1,6 @@
 """The lives of SGLang servers: started by rank 0 of a run and gone with it, or found at given addresses."""
 
+import json
 import os
 import secrets
 import signal
@@ -22,6 +23,8 @@ from r1mega.weights.engine import engine_params
 _LAUNCHER = Path(__file__).with_name("sglang_serve.py")
 _KEY = "R1MEGA_ENGINE_KEY"
 _CPU_TOKENS = 65_536
+_UNSAID = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""Keys of DeepSeek-V3's config.json that SGLang reads and `transformers`, which has no others, does not write."""
 _LOOK_S = 1.0
 _ANSWER_S = 30.0
 _CHECK_S = 600.0
@@ -45,12 +48,21 @@ def interpreter(settings: Sglang) -> Path:
     )
 
 
+def key_of(settings: Sglang) -> str | None:
+    """The API key of given addresses. UserError where its variable is not set."""
+    return env.secret(settings.key_variable) if settings.key_variable else None
+
+
 def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port: int, gpu: int) -> list[str]:
     """Of `sglang.launch_server`, for a server that gets its weights from a trainer and speaks token ids alone."""
     layout = settings.layout
     found = ["--model-path", str(model_dir), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     # The first sync brings the weights, so those of the folder are not read, and what a sync forgets is not right by chance.
     found += ["--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup", "--log-level-http", "warning"]
+    config = read_config(model_dir)
+    absent = {key: value for key, value in _UNSAID.items() if key not in config}
+    if config.get("model_type") == "deepseek_v3" and absent:
+        found += ["--json-model-override-args", json.dumps(absent)]
     found += ["--max-running-requests", str(settings.max_running_requests)]
     found += ["--tp-size", str(layout.tp), "--ep-size", str(layout.ep), "--attn-dp-size", str(layout.attn_dp)]
     if layout.dense_tp == "whole":
@@ -130,8 +142,7 @@ class Found:
     """A server at a given address. It is never started or ended from here."""
 
     def __init__(self, address: str, settings: Sglang) -> None:
-        key = env.secret(settings.key_variable) if settings.key_variable else None
-        self.client, self._settings, self._begin = Client(address.rstrip("/"), key), settings, time.monotonic()
+        self.client, self._settings, self._begin = Client(address.rstrip("/"), key_of(settings)), settings, time.monotonic()
 
     def ready(self) -> bool:
         """Whether it answers. UserError when it refuses the key, or has had its time."""
