@@ -48,7 +48,7 @@ def served(model: Path, folder: Path) -> Iterator[Started]:
 
 def settings(server: Started, **changes: object) -> Rollout:
     """An engine that joins the server; its key is in the variable `KEY`."""
-    joined = {"addresses": (server.client.address,), "key_variable": KEY, "request_timeout_s": 300.0, "retries": 1}
+    joined = {"addresses": [server.client.address], "key_variable": KEY, "request_timeout_s": 300.0, "retries": 1}
     return Rollout(engine="sglang", sglang=Sglang(**{**joined, **changes}))
 
 

@@ -219,7 +219,7 @@ def test_a_server_that_is_not_there_is_one_line(served, tmp_path):
     server, model = served
     with (
         pytest.raises(UserError, match=r"no SGLang server answers within start_timeout_s=2 \(http://127.0.0.1:9/model_info: .*refused"),
-        support.engine(server, model, tmp_path, addresses=("http://127.0.0.1:9",), start_timeout_s=2.0),
+        support.engine(server, model, tmp_path, addresses=["http://127.0.0.1:9"], start_timeout_s=2.0),
     ):
         pass
 

@@ -94,7 +94,7 @@ def test_a_server_that_cannot_start_is_one_line_that_names_the_log(tmp_path):
         cpu_platform(),
         pytest.raises(UserError, match=r"ended while it started \(exit code \d+\): .*--no-such-argument.*; its log: ") as error,
     ):
-        SglangEngine(own(arguments=("--no-such-argument",)), MODEL, Surroundings("cpu", tmp_path))
+        SglangEngine(own(arguments=["--no-such-argument"]), MODEL, Surroundings("cpu", tmp_path))
     assert "\n" not in str(error.value)
     assert Path(str(error.value).rpartition(": ")[2]).is_file()
 

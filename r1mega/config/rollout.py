@@ -1,8 +1,9 @@
 """How responses are drawn, and judged by functions."""
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from r1mega.config.base import Closed, FilePath, NonNegativeSchedule, PositiveSchedule, RewardFunction, Schedule, ShareSchedule
 from r1mega.config.engine_layout import EngineLayout
@@ -26,15 +27,16 @@ class Sglang(Closed):
         description="interpreter of the environment with SGLang, which the trainer does not share; null: .venv-sglang of the checkout, "
         "made by tools/install_sglang_cpu",
     )
-    addresses: tuple[str, ...] = Field(
-        (), description="servers that run already, as http://host:port; none are started then, and `layout` says how those are cut"
+    addresses: list[str] = Field(
+        default_factory=list,
+        description="servers that run already, as http://host:port; none are started then, and `layout` says how those are cut",
     )
     key_variable: str | None = Field(
         None, description="environment variable with the API key of `addresses`; servers that a run starts get a random key"
     )
     layout: EngineLayout = Field(default_factory=EngineLayout, description="how many servers, and how each is cut over its GPUs")
     first_gpu: int = Field(0, ge=0, description="GPU of the first server's first rank; the others follow")
-    arguments: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server, such as --enable-metrics")
+    arguments: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server, such as --enable-metrics")
     deterministic: bool = Field(
         True,
         description="draw by each request's seed alone, in SGLang's deterministic mode; false is faster on GPUs, and a retry draws anew",
@@ -57,6 +59,14 @@ class Sglang(Closed):
     checksums: Literal["all", "none"] = Field(
         "all", description="all: after every sync compare the checksum of every parameter of a server, which CPU servers can; none: do not"
     )
+
+    @field_validator("addresses")
+    @classmethod
+    def _are_urls(cls, addresses: list[str]) -> list[str]:
+        for address in addresses:
+            if not re.fullmatch(r"https?://[^/\s]+/?", address):
+                raise ValueError(f"expected http://host:port; got {address!r}")
+        return addresses
 
 
 class Rollout(Closed):

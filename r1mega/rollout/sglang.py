@@ -202,7 +202,7 @@ class SglangEngine:
         if drawn < request.max_new_tokens:
             raise UserError(
                 f"{client.address} cut a response after {drawn} of {request.max_new_tokens} tokens, its prompt has "
-                f"{len(request.prompt_ids)}; raise rollout.sglang.max_total_tokens or the server's context length"
+                f"{len(request.prompt_ids)}; raise its --max-total-tokens, or its --context-length to 2 more than the model's"
             )
         return "length"
 

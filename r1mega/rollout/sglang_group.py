@@ -63,9 +63,10 @@ class ByBroadcast:
     def close(self) -> None:
         """Leave the group; servers that are still there are told to."""
         if self._group is not None:
-            name, self._name, self._group = self._name, "", None
+            name, group, self._name, self._group = self._name, self._group, "", None
             with suppress(Failed):
                 self._control.post("/destroy_weights_update_group", {"group_name": name})
+            dist.destroy_process_group(group)
         self._threads.shutdown(wait=False)
 
     def _join(self) -> None:

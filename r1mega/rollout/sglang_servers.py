@@ -25,6 +25,7 @@ _KEY = "R1MEGA_ENGINE_KEY"
 _CPU_TOKENS = 65_536
 _UNSAID = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """Keys of DeepSeek-V3's config.json that SGLang reads and `transformers`, which has no others, does not write."""
+_LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 _LOOK_S = 1.0
 _ANSWER_S = 30.0
 _CHECK_S = 600.0
@@ -60,6 +61,8 @@ def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port
     # The first sync brings the weights, so those of the folder are not read, and what a sync forgets is not right by chance.
     found += ["--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup", "--log-level-http", "warning"]
     config = read_config(model_dir)
+    # SGLang ends a sequence, without a word, two tokens before the context is full.
+    found += ["--context-length", str(Architecture.from_hf(config).max_positions + 2)]
     absent = {key: value for key, value in _UNSAID.items() if key not in config}
     if config.get("model_type") == "deepseek_v3" and absent:
         found += ["--json-model-override-args", json.dumps(absent)]
@@ -96,7 +99,7 @@ class Started:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(interpreter(settings)), str(_LAUNCHER), _KEY, *wanted],
-                env=env.for_servers(where.threads, layout.tp, where.platform, {_KEY: key}),
+                env=env.for_servers(where.threads, layout.tp, where.platform, {_KEY: key, _LONGER: "1"}),
                 cwd=where.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
