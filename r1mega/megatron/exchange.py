@@ -80,12 +80,12 @@ class Exchange:
 
     def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
         """See `WeightSource.buckets`."""
-        plan = full_plan(self._arch, self._layout, self._world, self._spelling, wire, limit, senders)
+        plan = _full_plan(self._arch, self._layout, self._world, self._spelling, wire, limit, None if senders is None else tuple(senders))
         return gathered(plan.buckets, self._weights, wire)
 
     def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
         """See `WeightSource.params`."""
-        plan = direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, first=self._world)
+        plan = _direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, self._world)
         return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, wire, on)
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -100,3 +100,8 @@ class Exchange:
         everyone = torch.empty(self._world * mine.numel(), dtype=torch.uint8, device=mine.device)
         dist.all_gather_into_tensor(everyone, mine)
         return assemble(everyone.view(self._world, -1), self._plan, dtype)
+
+
+# A plan is made at the first sync of a stage, and the same at every other.
+_full_plan = lru_cache(maxsize=2)(full_plan)
+_direct_plan = lru_cache(maxsize=2)(direct_plan)

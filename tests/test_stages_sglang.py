@@ -1,0 +1,44 @@
+"""R1-Zero's tiny recipe with SGLang servers of its own, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import sglang_support as support
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
+    support.require()
+    small = ["stages.zero.updates=3", "stages.zero.prompts_per_rollout=4", "stages.zero.evaluation=null", "stages.zero.save_every=0"]
+    engine = ["rollout.engine=sglang", "rollout.sglang.start_timeout_s=900", "rollout.sglang.bucket_bytes=200000"]
+    command = [
+        sys.executable,
+        "-m",
+        "r1mega.cli",
+        "run",
+        str(ROOT / "configs/tiny/r1_zero.yaml"),
+        *engine,
+        *small,
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "run/stages").iterdir()
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["rollout_gap/max"] <= 1e-4
+        assert row["seconds/sync"] > 0
+    assert all(row["grad_norm"] > 0 for row in rows), "weights move between the syncs"
+    (log,) = (stage / "engine").glob("server-*.log")
+    assert "Weight version changed" in log.read_text(errors="replace")
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in running if str(tmp_path) in " ".join(command)]
