@@ -78,7 +78,8 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", script, str(MODEL), str(tmp_path)], stdout=subprocess.PIPE, text=True)
     server = psutil.Process(int(owner.stdout.readline()))
     deadline = time.monotonic() + 300
-    while len(server.children(recursive=True)) < 2:
+    # The first is the one that watches; the others are SGLang's, in the middle of their imports.
+    while len(server.children(recursive=True)) < 3:
         assert time.monotonic() < deadline, "the server started no processes"
         time.sleep(0.5)
     processes = [server, *server.children(recursive=True)]
