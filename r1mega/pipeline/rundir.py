@@ -14,7 +14,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EACCES
@@ -62,6 +62,29 @@ class RunDirectory:
         """Records of the stages that are finished, by name, in order."""
         found = {name: Provenance.read(folder) for name, folder in self.stage_dirs.items()}
         return {name: made for name, made in found.items() if made is not None}
+
+    def check_finished(self) -> None:
+        """UserError for finished stages whose own artifact is gone, or which were made from another one than an earlier stage has now."""
+        finished = self.finished()
+        stale: list[str] = []
+        for name, made in finished.items():
+            missing = [
+                file for file in (made.artifact or {"files": ()})["files"] if not (self.stage_dirs[name] / "artifact" / file).exists()
+            ]
+            sources = [entry for entry in made.inputs.values() if entry["reference"] in self.recipe.stages]
+            if missing or any(self._differs(entry, finished, stale) for entry in sources):
+                stale.append(name)
+        if stale:
+            folders = " ".join(str(self.stage_dirs[name]) for name in stale)
+            raise UserError(
+                f"the finished stages {', '.join(stale)} have lost their artifact, or were made from another one than an earlier stage has "
+                f"now; delete their folders, and the same command makes them again: {folders}"
+            )
+
+    def _differs(self, entry: Mapping[str, str], finished: Mapping[str, Provenance], stale: Sequence[str]) -> bool:
+        """Whether an input, as it was recorded, is not the one that its stage has now."""
+        source = finished.get(entry["reference"])
+        return source is None or entry["reference"] in stale or (source.artifact or {}).get("digest") != entry["digest"]
 
     def model(self, reference: str) -> Path:
         """The Hugging Face folder that a recipe's `model` means: a finished stage's artifact, or the folder itself."""
