@@ -68,11 +68,10 @@ class RunDirectory:
         finished = self.finished()
         stale: list[str] = []
         for name, made in finished.items():
-            missing = [
-                file for file in (made.artifact or {"files": ()})["files"] if not (self.stage_dirs[name] / "artifact" / file).exists()
-            ]
+            kept = self.stage_dirs[name] / "artifact"
+            missing = [file for file in (made.artifact["files"] if made.artifact else ()) if not (kept / file).exists()]
             sources = [entry for entry in made.inputs.values() if entry["reference"] in self.recipe.stages]
-            if missing or any(self._differs(entry, finished, stale) for entry in sources):
+            if missing or any(_differs(entry, finished, stale) for entry in sources):
                 stale.append(name)
         if stale:
             folders = " ".join(str(self.stage_dirs[name]) for name in stale)
@@ -80,11 +79,6 @@ class RunDirectory:
                 f"the finished stages {', '.join(stale)} have lost their artifact, or were made from another one than an earlier stage has "
                 f"now; delete their folders, and the same command makes them again: {folders}"
             )
-
-    def _differs(self, entry: Mapping[str, str], finished: Mapping[str, Provenance], stale: Sequence[str]) -> bool:
-        """Whether an input, as it was recorded, is not the one that its stage has now."""
-        source = finished.get(entry["reference"])
-        return source is None or entry["reference"] in stale or (source.artifact or {}).get("digest") != entry["digest"]
 
     def model(self, reference: str) -> Path:
         """The Hugging Face folder that a recipe's `model` means: a finished stage's artifact, or the folder itself."""
@@ -112,6 +106,12 @@ class RunDirectory:
             {"name": name, "kind": made.kind, "wall_s": made.wall_s, "metrics": made.metrics} for name, made in self.finished().items()
         ]
         files.write_json(self.path / "summary.json", {"recipe": self.recipe.name, "status": status, "stages": stages})
+
+
+def _differs(entry: Mapping[str, str], finished: Mapping[str, Provenance], stale: Sequence[str]) -> bool:
+    """Whether an input, as it was recorded, is not the one that its stage has now."""
+    source = finished.get(entry["reference"])
+    return source is None or entry["reference"] in stale or (source.artifact or {}).get("digest") != entry["digest"]
 
 
 @contextmanager
