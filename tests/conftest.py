@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-# A machine that is busy for a second says nothing about the code, and the same examples every time make a failure one that can be seen again.
+# A machine that is busy for a second says nothing about the code; the same examples every time make a failure one to be seen again.
 settings.register_profile("here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
