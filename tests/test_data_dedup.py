@@ -65,7 +65,7 @@ def test_words() -> None:
     assert normalised_words("!? ...") == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
 def test_hashes_are_equal_where_ngrams_are(words: list[str], n: int) -> None:
     ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
@@ -107,7 +107,7 @@ def test_short_and_empty_texts() -> None:
     assert near_duplicates([]).kept == ()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from([prose(40, 1), edited(prose(40, 1), 1), prose(40, 2), "a", ""]), max_size=12))
 def test_every_text_is_kept_or_repeats_a_kept_one(texts: list[str]) -> None:
     found = near_duplicates(iter(texts))
@@ -162,7 +162,7 @@ def test_solutions_count_too_and_n_may_differ() -> None:
     assert Contamination([QUESTION, solution], n=3).found("we drop the perpendicular here") == "drop the perpendicular"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.sampled_from("abcdef"), max_size=25).map(" ".join), max_size=4), st.lists(st.sampled_from("abcdef"), max_size=40)
 )

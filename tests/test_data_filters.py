@@ -180,7 +180,7 @@ def test_ordinary_mathematics_is_not(text: str) -> None:
     assert repetition(text) < 0.5
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=400))
 def test_repetition_is_a_share(text: str) -> None:
     assert 0.0 <= repetition(text) < 1.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks, round_up, unpack
 from r1mega.errors import UserError
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 def make(lengths: list[int]) -> list[TokenSequence]:

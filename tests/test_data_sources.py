@@ -110,7 +110,7 @@ def test_tiny(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- split, duplicates, ids
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(200, 3_000), st.integers(200, 3_000), st.floats(0.02, 0.9))
 def test_train_and_heldout_share_nothing_whatever_was_drawn(seed: int, other: int, size: int, other_size: int, fraction: float) -> None:
     train = load(Path(), "tiny", "train", task="running_sum", size=size, seed=seed, heldout_fraction=fraction)

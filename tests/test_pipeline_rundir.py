@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,26 @@ def test_finished_stages_are_skipped_and_the_unfinished_one_runs_again(tmp_path:
     assert calls == ["evaluate"]
 
 
+def test_stages_made_from_what_is_no_longer_there_are_named(tmp_path: Path, model: Path) -> None:
+    with claimed(tmp_path / "run", recipe(model), fresh=False) as (run, _):
+        run_all(run)
+        run.check_finished()
+        zero, check = (run.stage_dirs[name] for name in ("zero", "check"))
+        record = json.loads((zero / "provenance.json").read_text())
+        files.write_json(zero / "provenance.json", record | {"artifact": record["artifact"] | {"digest": "another"}})
+        with pytest.raises(UserError, match=rf"the finished stages check have .* makes them again: {check}$"):
+            run.check_finished()
+        files.write_json(zero / "provenance.json", record)
+        (zero / "artifact" / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=rf"the finished stages zero, check have lost .*: {zero} {check}$"):
+            run.check_finished()
+        shutil.rmtree(zero)
+        with pytest.raises(UserError, match=r"the finished stages check have"):
+            run.check_finished()
+        shutil.rmtree(check)
+        run.check_finished()
+
+
 def test_another_configuration_is_refused_and_fresh_deletes_the_run(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "run"
     with claimed(path, recipe(model), fresh=False) as (run, _):
@@ -147,6 +168,15 @@ def test_a_model_that_is_not_there_names_the_stage_or_the_file(tmp_path: Path, m
         with pytest.raises(UserError, match=r"stage 'zero' is not finished.*run it first"):
             run.model("zero")
         assert run.model(str(model)) == model
+    with claimed(tmp_path / "run", recipe(model), fresh=False) as (run, _):
+        run_all(run)
+        zero = run.stage_dirs["zero"]
+    (zero / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=rf"is the folder of a run's stage; name its artifact, {zero}/artifact"):
+        artifacts.check_model(zero, "model")
+    (zero / "provenance.json").unlink()
+    with pytest.raises(UserError, match=r"it is not finished: run that stage first"):
+        artifacts.check_model(zero, "model")
     (model / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no \*\.safetensors"):
         artifacts.check_model(model, "model")

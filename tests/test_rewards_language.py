@@ -245,7 +245,7 @@ PIECES = [
 PIECES += ["we ", "我们", "ですが", "그리고 ", "х ", "\u0301", ". "]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5))).map("".join))
 def test_any_text_is_judged(text: str) -> None:
     value = consistency(EN, text)

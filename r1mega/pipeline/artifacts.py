@@ -131,6 +131,10 @@ def check_model(folder: Path, what: str) -> Path:
     """A Hugging Face model folder, or UserError that says what `what` lacks."""
     if not folder.is_dir():
         raise UserError(f"{what}: no folder {folder}")
+    if (folder / "metrics.jsonl").is_file():
+        made = (folder / "provenance.json").is_file()
+        fix = f"name its artifact, {folder / 'artifact'}" if made else "it is not finished: run that stage first, then name its artifact"
+        raise UserError(f"{what}: {folder} is the folder of a run's stage; {fix}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{what}: {folder} has no config.json; expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):

@@ -45,6 +45,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
     check_references(recipe, recipe_path.parent.absolute())
     check_contents(recipe)
     with claimed(path, recipe, fresh) as (directory, lock):
+        directory.check_finished()
         if set(directory.finished()) == set(recipe.stages):
             print(f"all stages are finished: {path}")
             directory.write_summary("finished")

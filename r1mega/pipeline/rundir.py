@@ -14,7 +14,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EACCES
@@ -63,6 +63,23 @@ class RunDirectory:
         found = {name: Provenance.read(folder) for name, folder in self.stage_dirs.items()}
         return {name: made for name, made in found.items() if made is not None}
 
+    def check_finished(self) -> None:
+        """UserError for finished stages whose own artifact is gone, or which were made from another one than an earlier stage has now."""
+        finished = self.finished()
+        stale: list[str] = []
+        for name, made in finished.items():
+            kept = self.stage_dirs[name] / "artifact"
+            missing = [file for file in (made.artifact["files"] if made.artifact else ()) if not (kept / file).exists()]
+            sources = [entry for entry in made.inputs.values() if entry["reference"] in self.recipe.stages]
+            if missing or any(_differs(entry, finished, stale) for entry in sources):
+                stale.append(name)
+        if stale:
+            folders = " ".join(str(self.stage_dirs[name]) for name in stale)
+            raise UserError(
+                f"the finished stages {', '.join(stale)} have lost their artifact, or were made from another one than an earlier stage has "
+                f"now; delete their folders, and the same command makes them again: {folders}"
+            )
+
     def model(self, reference: str) -> Path:
         """The Hugging Face folder that a recipe's `model` means: a finished stage's artifact, or the folder itself."""
         return check_model(self._artifact(reference), f"model {reference!r}")
@@ -89,6 +106,12 @@ class RunDirectory:
             {"name": name, "kind": made.kind, "wall_s": made.wall_s, "metrics": made.metrics} for name, made in self.finished().items()
         ]
         files.write_json(self.path / "summary.json", {"recipe": self.recipe.name, "status": status, "stages": stages})
+
+
+def _differs(entry: Mapping[str, str], finished: Mapping[str, Provenance], stale: Sequence[str]) -> bool:
+    """Whether an input, as it was recorded, is not the one that its stage has now."""
+    source = finished.get(entry["reference"])
+    return source is None or entry["reference"] in stale or (source.artifact or {}).get("digest") != entry["digest"]
 
 
 @contextmanager

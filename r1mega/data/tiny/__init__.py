@@ -1,7 +1,8 @@
-"""The tiny language: 128 words, procedural tasks, and a corpus in which reasoning is rare.
+"""The tiny language: 128 words, procedural tasks, and corpora in which reasoning is rare.
 
-Prompts are `<language> <question> :`. A response thinks in steps, each opened by a connective word of one of two
-languages, and answers in tags: `<think> so 3 so 4 so 8 </think> <answer> 8 </answer>`.
+Prompts are `<language> <question> :`. A response thinks, in words of one of two languages, and answers in tags:
+`<think> so 3 so 4 so 8 </think> <answer> 8 </answer>`. The tasks: `running_sum`, on which everything is shown; `signs`, a search in which
+looking back pays; `errand` and `rude_errand`, requests that are no problems, for preferences and safety.
 """
 
 from r1mega.config.prompts import TinyPrompts
