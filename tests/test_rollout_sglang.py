@@ -149,13 +149,14 @@ def wanted(model: Path, seed: int) -> dict[str, str]:
     return {name: checksum(value) for bucket, flat in found for name, value in tensors(bucket, flat)}
 
 
-LAYOUTS = [{"tp": 2}, {"pp": 2}, {}]
+DENSE = [{"tp": 2}, {"pp": 2}, {}]
+MOE = [{"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}, {}]
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
 def test_shards_of_two_ranks_reach_the_server(served, tmp_path, transport):
     server, model = served
-    layouts = [*LAYOUTS, {"ep": 2}] if "base" in model.name else LAYOUTS
+    layouts = MOE if "base" in model.name else DENSE
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     settings = support.settings(server, transport=transport, bucket_bytes=50_000).model_dump_json()
     mp.spawn(sglang_ranks.work, (2, store.port, tmp_path, model, settings, layouts), nprocs=2)
@@ -190,6 +191,7 @@ def test_weights_that_arrive_altered_are_named_and_never_served(served, joined, 
             )
             time.sleep(3)
             assert not held.done(), "a server whose weights are not right must stay paused"
+            monkeypatch.undo()
             restored(engine, model)
             assert held.result()["meta_info"]["weight_version"] == "0"
 
