@@ -77,12 +77,16 @@ class _Loader:
                 self.keep(target + name, source + name)
         if self.arch.moe.shared_experts and self.engine.shared_experts != "fused":
             shared = (0, 1) if self.engine.shared_experts == "whole" else self.rank
-            self.mlp(f"{source}mlp.shared_experts.", f"{target}mlp.shared_experts.", shared)
+            self.mlp(f"{source}mlp.shared_experts.", f"{target}mlp.shared_experts.", shared, self.arch.moe.shared_experts)
         names = [f"{source}mlp.experts.{e}." for e in self.experts]
         names += [f"{source}mlp.shared_experts."] if self.engine.shared_experts == "fused" else []
         index, parts = self.expert_part
-        gate_up = [torch.cat([self.values[f"{n}{p}_proj.weight"].chunk(parts)[index] for p in ("gate", "up")]) for n in names]
-        down = [self.values[f"{n}down_proj.weight"].chunk(parts, 1)[index] for n in names]
+        width = self.padded(self.arch.moe.intermediate_size) // parts
+        gate_up = [
+            torch.cat([_grown(self.values[f"{name}{part}_proj.weight"].chunk(parts)[index], 0, width) for part in ("gate", "up")])
+            for name in names
+        ]
+        down = [_grown(self.values[f"{name}down_proj.weight"].chunk(parts, 1)[index], 1, width) for name in names]
         self.found[f"{target}mlp.experts.w13_weight"] = (torch.stack(gate_up), f"{names[0]}gate_proj.weight")
         self.found[f"{target}mlp.experts.w2_weight"] = (torch.stack(down), f"{names[0]}down_proj.weight")
 
@@ -110,9 +114,25 @@ class _Loader:
             self.found[f"{target}qkv_proj.{kind}"] = (torch.cat([q.chunk(tp)[rank], *kv]), f"{source}q_proj.{kind}")
         self.cut(f"{target}o_proj.weight", [f"{source}o_proj.weight"], self.rank, dim=1)
 
-    def mlp(self, source, target, part):
-        self.cut(f"{target}gate_up_proj.weight", [f"{source}gate_proj.weight", f"{source}up_proj.weight"], part)
-        self.cut(f"{target}down_proj.weight", [f"{source}down_proj.weight"], part, dim=1)
+    def mlp(self, source, target, part, count=1):
+        index, parts = part
+        gate, up, down = (self.values[f"{source}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        extent = count * self.padded(gate.shape[0] // count)
+        gate_up = [_grown(values, 0, extent).chunk(parts)[index] for values in (gate, up)]
+        self.found[f"{target}gate_up_proj.weight"] = (torch.cat(gate_up), f"{source}gate_proj.weight")
+        self.found[f"{target}down_proj.weight"] = (_grown(down, 1, extent).chunk(parts, 1)[index], f"{source}down_proj.weight")
+
+    def padded(self, columns):
+        """On a CPU, SGLang's `adjust_config_with_unaligned_cpu_tp`."""
+        multiple = 32 * self.engine.tp if self.engine.device == "cpu" else 1
+        return -(-columns // multiple) * multiple
+
+
+def _grown(values, dim, extent):
+    """With zeros at the end of an axis."""
+    shape = list(values.shape)
+    shape[dim] = extent - shape[dim]
+    return torch.cat([values, torch.zeros(shape)], dim)
 
 
 def _encoded(found, wire, quantised, floats):
@@ -216,11 +236,11 @@ def test_groups_are_the_ranks_and_cover_each_copy_once(engine):
 def test_an_engine_that_does_not_fit_is_one_line():
     arch, dense = tiny(), Architecture.from_hf(small(FAMILIES["llama"]))
     for model, engine, message in [
-        (arch, EngineLayout(tp=8), "engine: tp / attn_dp=8 does not divide the model's 4 attention heads"),
+        (arch, EngineLayout(tp=8), "engine: tp / attn_dp=8 does not divide the 4 attention heads"),
         (
             arch,
             EngineLayout(tp=16, ep=16, attn_dp=16, dense_tp="whole", shared_experts="whole"),
-            "ep=16 does not divide the model's 8 experts",
+            "ep=16 does not divide the 8 experts",
         ),
         (dense, EngineLayout(tp=2, ep=2), "ep=2 needs a model with experts"),
         (dense, EngineLayout(tp=2, attn_dp=2), "attn_dp=2 is planned for latent attention (DeepSeek) only"),

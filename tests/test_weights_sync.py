@@ -176,6 +176,7 @@ ENGINES = [
     EngineLayout(), EngineLayout(tp=2), EngineLayout(servers=2, tp=2, ep=2), EngineLayout(tp=4, ep=2, attn_dp=2),
     EngineLayout(tp=4, attn_dp=4, ep=4, dense_tp="whole", shared_experts="whole", dp_lm_head=True),
     EngineLayout(tp=2, shared_experts="fused"), EngineLayout(tp=4, ep=4, attn_dp=2, shared_experts="fused"),
+    EngineLayout(tp=2, device="cpu"), EngineLayout(tp=4, ep=2, attn_dp=2, device="cpu"),
 ]  # fmt: skip
 
 
