@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from megatron_support import cpu_platform
 from torch import Tensor
 
-from r1mega.config.rollout import Sglang
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.errors import UserError
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
 from r1mega.rollout.local import LocalEngine
@@ -145,7 +145,7 @@ def sums(server: Started) -> dict[str, str]:
 
 
 def wanted(model: Path, seed: int) -> dict[str, str]:
-    found = support.source(model, seed).params(Sglang().layout, 0, Wire("float32"), 2**28, 0, 0)
+    found = support.source(model, seed).params(EngineLayout(device="cpu"), 0, Wire("float32"), 2**28, 0, 0)
     return {name: checksum(value) for bucket, flat in found for name, value in tensors(bucket, flat)}
 
 

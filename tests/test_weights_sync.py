@@ -20,6 +20,7 @@ from r1mega.weights.canonical import canonical
 from r1mega.weights.direct import direct_plan
 from r1mega.weights.engine import engine_params
 from r1mega.weights.placement import Spelling
+from r1mega.weights.safetensors_in import specs_of
 from r1mega.weights.shipping import Assembly, message, tensors, torch_dtype
 from r1mega.weights.sync import full_plan
 from r1mega.weights.table import Storage
@@ -175,6 +176,7 @@ ENGINES = [
     EngineLayout(), EngineLayout(tp=2), EngineLayout(servers=2, tp=2, ep=2), EngineLayout(tp=4, ep=2, attn_dp=2),
     EngineLayout(tp=4, attn_dp=4, ep=4, dense_tp="whole", shared_experts="whole", dp_lm_head=True),
     EngineLayout(tp=2, shared_experts="fused"), EngineLayout(tp=4, ep=4, attn_dp=2, shared_experts="fused"),
+    EngineLayout(tp=2, device="cpu"), EngineLayout(tp=4, ep=2, attn_dp=2, device="cpu"),
 ]  # fmt: skip
 
 
@@ -213,6 +215,26 @@ def test_an_engine_that_cuts_blocks_is_refused():
     for engine, name in [(EngineLayout(tp=2), "kv_b_proj"), (EngineLayout(tp=4, attn_dp=4), "experts.w13_weight")]:
         with pytest.raises(UserError, match=rf"engine: model.layers.\d.*{name}.* cannot be served in block FP8: .* not whole blocks"):
             direct_plan(arch, Layout(), 1, Spelling(), engine, Wire(block_fp8=True))
+
+
+def test_llama_has_no_block_fp8():
+    arch = Architecture.from_hf(small(FAMILIES["llama"]))
+    for plan in (
+        lambda wire: full_plan(arch, Layout(), 1, Spelling(), wire, 1),
+        lambda wire: direct_plan(arch, Layout(), 1, Spelling(), EngineLayout(), wire),
+    ):
+        with pytest.raises(UserError, match="loses the scales of block FP8 for llama"):
+            plan(Wire(block_fp8=True))
+
+
+def test_what_is_sent_takes_the_bytes_of_a_checkpoint():
+    """The wire's tensors are those that the converter stores: names, shapes and bytes."""
+    names = {"float32": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+    for arch in (V3, tiny()):
+        tensors_ = canonical(arch)
+        for block_fp8 in (False, True):
+            sent = [(one.name, one.shape, names[one.dtype], one.nbytes) for t in tensors_ for one in Wire("bfloat16", block_fp8).of(t)]
+            assert sent == [(s.name, s.shape, s.dtype, s.nbytes) for s in specs_of(tensors_, torch.bfloat16, block_fp8)]
 
 
 def test_nothing_travels_that_is_there_already():

@@ -23,6 +23,7 @@ class EngineLayout(Closed):
         description="'tp': cut over the GPUs; 'fused': one more routed expert, SGLang's choice for DeepSeek-V3 on CUDA unless ep > 1 or "
         "--disable-shared-experts-fusion; 'whole': on every GPU, as with --moe-a2a-backend deepep",
     )
+    device: Literal["cuda", "cpu"] = Field("cuda", description="'cpu': SGLang pads the columns of all MLPs to a multiple of 32 x tp")
     dp_lm_head: bool = Field(False, description="the output layer is cut like the attention, not over all GPUs (--enable-dp-lm-head)")
 
     @model_validator(mode="after")

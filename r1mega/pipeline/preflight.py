@@ -89,7 +89,7 @@ def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
                 if key in ("model", "architecture"):
                     _check_layout(recipe, stage, arch)
                 if recipe.rollout.engine == "sglang" and arch.head == "lm":
-                    check_engine(arch, recipe.rollout.sglang.layout)
+                    check_engine(arch, recipe.rollout.sglang.layout.model_copy(update={"device": recipe.run.platform}))
                 if isinstance(stage, Grpo):
                     for reward in stage.reward_models.values():
                         _check_reward_model(recipe, arch, reward.model, inputs)

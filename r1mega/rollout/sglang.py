@@ -47,13 +47,14 @@ class SglangEngine:
         """Start or find the servers and wait for them; every rank calls it. UserError, one line, where that fails."""
         self._settings, self._sglang, self._where = settings, settings.sglang, where
         self._wire = Wire(settings.dtype)
+        self._layout = self._sglang.layout.model_copy(update={"device": where.platform})
         self._arch = Architecture.from_hf(read_config(model_dir))
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
         self._version = -1
         self._connect()
         if self._sglang.addresses:
-            ranks.shared(lambda: [check_model(client, model_dir, self._sglang.layout) for client in self._pool.clients])
+            ranks.shared(lambda: [check_model(client, model_dir, self._layout) for client in self._pool.clients])
 
     def _connect(self) -> None:
         """Wait until all servers answer, and learn where they are."""
@@ -116,10 +117,10 @@ class SglangEngine:
 
     def _differing(self, source: WeightSource) -> str | None:
         """Parameters of servers whose bytes are not those of the source, which is asked for them in the servers' own layout."""
-        layout, wanted = self._sglang.layout, list[dict[str, str]]()
-        for engine_rank in range(layout.tp):
+        wanted: list[dict[str, str]] = []
+        for engine_rank in range(self._layout.tp):
             sums: dict[str, str] = {}
-            for bucket, flat in source.params(layout, engine_rank, self._wire, self._sglang.bucket_bytes, 0, ranks.number()):
+            for bucket, flat in source.params(self._layout, engine_rank, self._wire, self._sglang.bucket_bytes, 0, ranks.number()):
                 if flat is not None:
                     sums |= {name: checksum(value) for name, value in tensors(bucket, flat)}
             wanted.append(sums)

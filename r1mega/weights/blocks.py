@@ -3,6 +3,8 @@
 from r1mega.weights.boxes import Box
 
 BLOCK = 128
+SCALE = "_scale_inv"
+"""Ends the name of a block-quantised matrix's scales."""
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,14 +13,14 @@ import numpy as np
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.blocks import scale_box, scale_shape, whole_blocks
+from r1mega.weights.blocks import SCALE, scale_box, scale_shape, whole_blocks
 from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.engine import EngineParam, check_block_fp8, engine_group, engine_holders, engine_params
 from r1mega.weights.placement import Holders, Spelling, holders
 from r1mega.weights.plan import Held, held_pieces, overlap
 from r1mega.weights.sync import Bucket, Share, Wanted, fill
-from r1mega.weights.wire import ITEMSIZE, SCALE, Sent, Wire
+from r1mega.weights.wire import ITEMSIZE, Sent, Wire
 
 Ranks = tuple[int, ...]
 
@@ -125,6 +125,7 @@ def direct_plan(
     Raises:
         UserError: a layout does not fit the model, or the engine's cuts blocks that are to be quantised.
     """
+    wire.check(arch)
     target = tuple(engine_holders(arch, engine, first, mtp))
     shapes = {tensor.name: tensor.shape for tensor in canonical(arch)}
     for param in engine_params(arch, engine, 0, mtp):

@@ -28,6 +28,9 @@ _REPLICATED: dict[Part, tuple[Axis, ...]] = {"whole": ("tp", "dp"), "attention":
 PADDING = 64
 """Rows of the embedding and the output layer are padded to a multiple of this."""
 
+CPU_PADDING = 32
+"""Columns of MLPs are padded to a multiple of this times tp where SGLang runs on a CPU (`configs/update_config.py`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineParam(LocalParam):
@@ -138,21 +141,22 @@ def check_engine(arch: Architecture, engine: EngineLayout, mtp: bool = False) ->
     """UserError when the engine does not serve such a model, or a parallel size does not divide what it cuts."""
     if arch.head == "score":
         raise UserError("engine: a reward model has no vocabulary; it is not served")
-    checks = [
-        ("tp / attn_dp", engine.attn_tp, arch.heads, "attention heads"),
-        ("tp", 1 if engine.dense_tp == "whole" else engine.tp, arch.intermediate_size, "columns of the dense MLP"),
-    ]
-    if arch.mla is None:
-        few, many = sorted((arch.kv_heads, engine.tp))
-        checks.append(("the smaller of tp and key-value heads,", few, many, "of the other"))
+    checks = [("tp / attn_dp", engine.attn_tp, arch.heads, "attention heads")]
+    if engine.device == "cpu":
+        # SGLang would pad heads there; columns of MLPs it does pad.
+        checks += [("tp", engine.tp, arch.heads, "attention heads"), ("tp", engine.tp, arch.kv_heads, "key-value heads")]
+    else:
+        checks += _mlp_checks(arch, engine)
+        if arch.mla is None and engine.tp > arch.kv_heads:
+            checks.append(("key-value heads", arch.kv_heads, engine.tp, "GPUs (tp)"))
+        elif arch.mla is None:
+            checks.append(("tp", engine.tp, arch.kv_heads, "key-value heads"))
     if arch.moe is not None:
         checks.append(("ep", engine.ep, arch.moe.experts, "experts"))
         checks.append(("tp / ep", engine.moe_tp, arch.moe.intermediate_size, "columns of an expert"))
-        if engine.shared_experts == "tp":
-            checks.append(("tp", engine.tp, arch.moe.shared_experts * arch.moe.intermediate_size, "columns of the shared experts"))
     for name, size, what, unit in checks:
         if what % size:
-            raise UserError(f"engine: {name}={size} does not divide the model's {what} {unit}")
+            raise UserError(f"engine: {name}={size} does not divide the {what} {unit}")
     if arch.moe is None and engine.ep > 1:
         raise UserError(f"engine: ep={engine.ep} needs a model with experts")
     if arch.mla is None and engine.attn_dp > 1:
@@ -161,6 +165,14 @@ def check_engine(arch: Architecture, engine: EngineLayout, mtp: bool = False) ->
         raise UserError("engine: shared_experts=fused needs a model with exactly one shared expert")
     if mtp and arch.mtp_layers != 1:
         raise UserError(f"engine: drafting needs one MTP layer, the model has {arch.mtp_layers}")
+
+
+def _mlp_checks(arch: Architecture, engine: EngineLayout) -> list[tuple[str, int, int, str]]:
+    """(size, its value, what it must divide, the unit of that) of columns that are not padded."""
+    checks = [("tp", 1 if engine.dense_tp == "whole" else engine.tp, arch.intermediate_size, "columns of the dense MLP")]
+    if arch.moe is not None and engine.shared_experts == "tp":
+        checks.append(("tp", engine.tp, arch.moe.shared_experts * arch.moe.intermediate_size, "columns of the shared experts"))
+    return checks
 
 
 def check_block_fp8(param: EngineParam, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -183,14 +195,17 @@ def check_block_fp8(param: EngineParam, shapes: Mapping[str, tuple[int, ...]]) -
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """A canonical tensor among those stacked in a parameter. `units` of its rows stay together: heads.
+    """A canonical tensor among those stacked in a parameter.
 
-    Where ranks are more than units, several ranks hold the same unit.
+    `extent` is its length along the axis that is cut, padding included. It is cut between `units` (heads), which are as long as each other;
+    where ranks are more, several hold the same unit. Padding comes last, or at the end of every rank's share when it is `spread`.
     """
 
     tensor: str
     shape: tuple[int, ...]
+    extent: int
     units: int
+    spread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +247,15 @@ def _layer(arch: Architecture, engine: EngineLayout, rows: tuple[Row, ...], expe
         yield from _attention(arch, by_name)
     yield _whole(by_name["post_attention_layernorm.weight"])
     if "mlp.gate.weight" not in by_name:
-        yield from _gated_mlp("mlp.", by_name, "tp" if engine.dense_tp == "tp" else "whole")
+        yield from _gated_mlp("mlp.", by_name, engine, "tp" if engine.dense_tp == "tp" else "whole")
         return
     yield _whole(by_name["mlp.gate.weight"])
     if "mlp.gate.e_score_correction_bias" in by_name:
         yield _whole(by_name["mlp.gate.e_score_correction_bias"])
     yield from _experts(by_name, engine, experts)
     if "mlp.shared_experts.gate_proj.weight" in by_name and engine.shared_experts != "fused":
-        yield from _gated_mlp("mlp.shared_experts.", by_name, engine.shared_experts)
+        count = arch.moe.shared_experts if arch.moe else 1
+        yield from _gated_mlp("mlp.shared_experts.", by_name, engine, engine.shared_experts, count)
 
 
 def _latent_attention(arch: Architecture, mla: Mla, rows: Mapping[str, Row]) -> Iterator[_Param]:
@@ -248,7 +264,7 @@ def _latent_attention(arch: Architecture, mla: Mla, rows: Mapping[str, Row]) -> 
         yield _whole(rows["self_attn.kv_a_proj_with_mqa.weight"])
     else:
         down = [rows["self_attn.q_a_proj.weight"], rows["self_attn.kv_a_proj_with_mqa.weight"]]
-        yield _cut("self_attn.fused_qkv_a_proj_with_mqa.weight", down, "whole", Shard.WHOLE)
+        yield _cut("self_attn.fused_qkv_a_proj_with_mqa.weight", down, "whole", Shard.ROWS)
         yield _whole(rows["self_attn.q_a_layernorm.weight"])
         yield _cut("self_attn.q_b_proj.weight", [rows["self_attn.q_b_proj.weight"]], "attention", Shard.ROWS, [arch.heads])
     yield _cut("self_attn.kv_b_proj.weight", [rows["self_attn.kv_b_proj.weight"]], "attention", Shard.ROWS, [arch.heads])
@@ -264,36 +280,53 @@ def _attention(arch: Architecture, rows: Mapping[str, Row]) -> Iterator[_Param]:
     yield _cut("self_attn.o_proj.weight", [rows["self_attn.o_proj.weight"]], "tp", Shard.COLUMNS)
 
 
-def _gated_mlp(prefix: str, rows: Mapping[str, Row], part: Part) -> Iterator[_Param]:
-    shards = (Shard.WHOLE, Shard.WHOLE) if part == "whole" else (Shard.ROWS, Shard.COLUMNS)
-    yield _cut(f"{prefix}gate_up_proj.weight", [rows[f"{prefix}{name}_proj.weight"] for name in ("gate", "up")], part, shards[0])
-    yield _cut(f"{prefix}down_proj.weight", [rows[f"{prefix}down_proj.weight"]], part, shards[1])
+def _gated_mlp(prefix: str, rows: Mapping[str, Row], engine: EngineLayout, part: Part, count: int = 1) -> Iterator[_Param]:
+    """`count` equal MLPs side by side; each is padded for itself, and all padding comes last."""
+    found = {name: rows[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down")}
+    extent = count * _padded(found["gate"].shape[0] // count, engine)
+    yield _padded_param(f"{prefix}gate_up_proj.weight", [found["gate"], found["up"]], part, Shard.ROWS, extent)
+    yield _padded_param(f"{prefix}down_proj.weight", [found["down"]], part, Shard.COLUMNS, extent)
+
+
+def _padded_param(name: str, rows: Sequence[Row], part: Part, shard: Shard, extent: int) -> _Param:
+    strips = tuple(_Strip(row.tensor, row.shape, extent, extent) for row in rows)
+    return _Param(name, strips, part, shard, rows[0].storage)
+
+
+def _padded(columns: int, engine: EngineLayout) -> int:
+    multiple = CPU_PADDING * engine.tp if engine.device == "cpu" else 1
+    return -(-columns // multiple) * multiple
 
 
 def _experts(rows: Mapping[str, Row], engine: EngineLayout, experts: range) -> Iterator[_Param]:
     """A rank's experts in one parameter: gate over up, expert after expert, and a fused shared expert last."""
     fused = engine.shared_experts == "fused"
+    extent = _padded(rows["mlp.experts.{e}.gate_proj.weight"].shape[0], engine)
     for name, projections, shard in (("w13_weight", ("gate", "up"), Shard.ROWS), ("w2_weight", ("down",), Shard.COLUMNS)):
         found = [rows[f"mlp.experts.{{e}}.{projection}_proj.weight"] for projection in projections]
-        strips = [_Strip(row.tensor.format(e=expert), row.shape, row.shape[0]) for expert in experts for row in found]
+        strips = [_Strip(row.tensor.format(e=expert), row.shape, extent, extent, spread=True) for expert in experts for row in found]
         if fused:
             shared = [rows[f"mlp.shared_experts.{projection}_proj.weight"] for projection in projections]
-            strips += [_Strip(row.tensor, row.shape, row.shape[0]) for row in shared]
+            strips += [_Strip(row.tensor, row.shape, extent, extent, spread=True) for row in shared]
         yield _Param(f"mlp.experts.{name}", tuple(strips), "experts", shard, found[0].storage, len(experts) + fused)
 
 
 def _whole(row: Row) -> _Param:
-    return _cut(row.tensor, [row], "whole", Shard.WHOLE)
+    return _cut(row.tensor, [row], "whole", Shard.ROWS)
 
 
 def _vocabulary(row: Row, engine: EngineLayout, like_attention: bool) -> _Param:
-    return _cut(row.tensor, [row], "attention" if like_attention else "tp", Shard.VOCABULARY)
+    part: Part = "attention" if like_attention else "tp"
+    parts = engine.attn_tp if like_attention else engine.tp
+    padding = PADDING if -(-row.shape[0] // PADDING) * PADDING % parts == 0 else PADDING * parts
+    return _padded_param(row.tensor, [row], part, Shard.ROWS, -(-row.shape[0] // padding) * padding)
 
 
 def _cut(name: str, rows: Sequence[Row], part: Part, shard: Shard, units: Sequence[int] | None = None) -> _Param:
-    counts = units or [row.shape[0] for row in rows]
-    strips = tuple(_Strip(row.tensor, row.shape, count) for row, count in zip(rows, counts, strict=True))
-    return _Param(name, strips, part, shard, rows[0].storage)
+    """A parameter without padding; `units` are the heads of each of its tensors, rows when left out."""
+    lengths = [row.shape[1 if shard is Shard.COLUMNS else 0] for row in rows]
+    strips = (_Strip(row.tensor, row.shape, length, count) for row, length, count in zip(rows, lengths, units or lengths, strict=True))
+    return _Param(name, tuple(strips), part, shard, rows[0].storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,24 +388,19 @@ def _share(param: _Param, index: int, parts: int) -> _Share:
         rows += height
     columns = param.strips[0].shape[1:]
     if param.shard is Shard.COLUMNS:
-        columns = (columns[0] // parts,)
+        columns = (param.strips[0].extent // parts,)
     return _Share(param, (rows, *columns), tuple(pieces))
 
 
 def _share_of(strip: _Strip, shard: Shard, index: int, parts: int) -> tuple[int, Box | None]:
     """(rows that a strip takes in a rank's parameter, its region of the tensor; None when it is padding only)."""
-    rows, rest = strip.shape[0], strip.shape[1:]
-    if shard is Shard.COLUMNS:
-        width = rest[0] // parts
-        return rows, Box((0, index * width), (rows, (index + 1) * width))
-    if shard is Shard.VOCABULARY:
-        padding = PADDING if -(-rows // PADDING) * PADDING % parts == 0 else PADDING * parts
-        height = -(-rows // padding) * padding // parts
-        first, last = min(index * height, rows), min((index + 1) * height, rows)
-    else:
-        unit = rows // strip.units
-        height = max(1, strip.units // parts) * unit
-        first = index * strip.units // parts * unit
-        last = first + height
-    zeros = (0,) * len(rest)
-    return height, Box((first, *zeros), (last, *rest)) if last > first else None
+    axis = 1 if shard is Shard.COLUMNS else 0
+    unit = strip.extent // strip.units
+    length = max(1, strip.units // parts) * unit
+    first = index * strip.units // parts * unit
+    last = min(first + length, strip.shape[axis])
+    if strip.spread:
+        first, last = (strip.shape[axis] // parts * i for i in (index, index + 1))
+    start, stop = [0] * len(strip.shape), list(strip.shape)
+    start[axis], stop[axis] = first, last
+    return strip.shape[0] if axis else length, Box(tuple(start), tuple(stop)) if last > first else None

@@ -18,11 +18,11 @@ from torch import Tensor
 from r1mega.errors import UserError
 from r1mega.weights import canonical, fp8
 from r1mega.weights.architecture import Architecture
+from r1mega.weights.blocks import SCALE as SCALE
 from r1mega.weights.boxes import Box
 from r1mega.weights.table import Storage
 
 INDEX = "model.safetensors.index.json"
-SCALE = "_scale_inv"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

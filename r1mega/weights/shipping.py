@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from r1mega.weights import fp8
+from r1mega.weights.blocks import SCALE
 from r1mega.weights.boxes import Piece
 from r1mega.weights.moving import Params
 from r1mega.weights.sync import Bucket, Segment
-from r1mega.weights.wire import SCALE, DType, Wire
+from r1mega.weights.wire import DType, Wire
 
 
 def message(params: Params, bucket: Bucket, rank: int, wire: Wire) -> Tensor:

@@ -213,8 +213,9 @@ def full_plan(
         mtp: whether the engine drafts with the MTP layer; without, its loader would drop those tensors.
 
     Raises:
-        UserError: the layout does not fit the model, or nobody may send.
+        UserError: the layout does not fit the model, nobody may send, or the engine could not load what is sent.
     """
+    wire.check(arch)
     allowed = frozenset(range(world_size) if senders is None else senders)
     if not allowed or not allowed <= set(range(world_size)):
         raise UserError(f"weight sync: senders {sorted(allowed)} are not among the {world_size} ranks of the trainer")

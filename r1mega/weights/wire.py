@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from r1mega.weights.blocks import scale_shape
+from r1mega.errors import UserError
+from r1mega.weights.architecture import Architecture
+from r1mega.weights.blocks import SCALE, scale_shape
 from r1mega.weights.canonical import Tensor
 from r1mega.weights.table import Storage
 
@@ -12,8 +14,6 @@ DType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
 """As `torch.<name>` and SGLang's requests spell it."""
 
 ITEMSIZE: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-SCALE = "_scale_inv"
-"""Ends the name of a block-quantised matrix's scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,12 @@ class Wire:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     block_fp8: bool = False
+
+    def check(self, arch: Architecture) -> None:
+        """UserError when SGLang could not be sent this model so."""
+        if self.block_fp8 and arch.family == "llama":
+            # Its loader looks for `weight_scale`, and drops what is named otherwise with a warning in its log only.
+            raise UserError("weight sync: SGLang 0.5.23 loses the scales of block FP8 for llama; send bfloat16")
 
     def quantises(self, storage: Storage) -> bool:
         """Whether tensors that checkpoints store so are sent as codes and scales."""
