@@ -114,7 +114,8 @@ def _joined(address: str, port: int, world: int, name: str, backend: str) -> Any
     timeout = timedelta(seconds=_JOIN_S)
     store, _, _ = next(iter(dist.rendezvous(f"tcp://{address}:{port}", 0, world, timeout=timeout)))
     store = dist.PrefixStore(name, store)
-    group, _ = c10d._new_process_group_helper(world, 0, [], c10d.Backend(backend), store, group_name=name, timeout=timeout)
+    joining: Any = c10d._new_process_group_helper
+    group, _ = joining(world, 0, [], c10d.Backend(backend), store, group_name=name, timeout=timeout)
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group
 

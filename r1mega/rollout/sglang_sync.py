@@ -85,7 +85,7 @@ class Control:
 
 def checksum(values: Tensor) -> str:
     """As SGLang's `weights_checker` gives it of a tensor in host memory: the first 8 bytes of the SHA-256 of its bytes, in hex."""
-    return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()[:16]
+    return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
 class Transport(Protocol):
