@@ -119,7 +119,10 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
             ["rollout.engine=sglang", "rollout.sglang.addresses=[http://127.0.0.1:9]", "rollout.sglang.key_variable=R1MEGA_NO_SUCH_KEY"],
             "the environment variable R1MEGA_NO_SUCH_KEY, which the recipe names for an API key, is not set",
         ),
-        (["rollout.engine=sglang", "rollout.sglang.layout.tp=3"], "stages.zero: engine: tp / attn_dp=3 does not divide the model's 4"),
+        (
+            ["rollout.engine=sglang", "rollout.sglang.layout.tp=3"],
+            "stages.zero: engine: tp / attn_dp=3 does not divide the 4 attention heads",
+        ),
         (["stages.zero.train.fp8=blockwise"], "stages.zero: train.fp8=blockwise needs run.platform=cuda; on a CPU use fp8=none"),
         (["stages.zero.train.mtp_loss=0.3", "stages.zero.model={no_mtp}"], "stages.zero: train.mtp_loss=0.3 needs a model with"),
         (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
