@@ -165,7 +165,7 @@ def test_ids_do_not_move_with_rows(tmp_path: Path) -> None:
     ids = {prompt.text: prompt.id for prompt in load(tmp_path, "jsonl", path="a.jsonl")}
     assert len(set(ids.values())) == len(ROWS)
     assert ids["What is 4 + 4?"] == "a/e586169d6950c5f3"  # a ledger written today must be readable tomorrow
-    write(tmp_path / "a.jsonl", [{"prompt": "new"}, *reversed(ROWS)])
+    write(tmp_path / "a.jsonl", [{"prompt": "new", "answer": 0}, *reversed(ROWS)])
     assert {prompt.text: prompt.id for prompt in load(tmp_path, "jsonl", path="a.jsonl")} == ids | {
         "new": load(tmp_path, "jsonl", path="a.jsonl", limit=1)[0].id
     }
@@ -198,6 +198,10 @@ def test_limit_comes_after_the_split(tmp_path: Path) -> None:
         (b'{"prompt": ["q"]}\n', "a chat message is {'role': ..., 'content': ...} with two strings, got 'q'"),
         (b'{"prompt": [{"role": "user", "content": [1]}]}\n', "a chat message is {'role': ..., 'content': ...} with two strings"),
         (b'{"prompt": [{"role": "assistant", "content": "q"}]}\n', "the last chat message is the user's question, got role 'assistant'"),
+        (
+            b'{"prompt": "q", "answer": null}\n{"prompt": "r"}\n',
+            "a.jsonl:2: no field 'answer', which other rows have; add it, null where there is no answer",
+        ),
         (b'{"prompt": "q", "answer": ["a"]}\n', "a.jsonl:1: field 'answer': a reference answer is a string or a number, got ['a']"),
         (b'{"prompt": "q", "answer": true}\n', "a.jsonl:1: field 'answer': a reference answer is a string or a number, got True"),
         (b"[" * 100_000, "a.jsonl:1: not JSON: "),

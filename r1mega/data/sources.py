@@ -87,9 +87,13 @@ def _draw(source: Prompts, base: Path) -> tuple[str, Iterable[Prompt]]:
 def _from_rows(
     source: JsonlPrompts | ParquetPrompts | DatasetPrompts, path: Path, read: Callable[[Path], Iterator[Row]]
 ) -> tuple[str, Iterable[Prompt]]:
-    prompts = [_prompt(where, row, source.prompt, source.answer) for where, row in read(path)]
+    rows = list(read(path))
+    prompts = [_prompt(where, row, source.prompt, source.answer) for where, row in rows]
     if not prompts:
         raise UserError(f"{path}: no rows")
+    without = [where for where, row in rows if source.answer not in row]
+    if 0 < len(without) < len(rows):
+        raise UserError(f"{without[0]}: no field {source.answer!r}, which other rows have; add it, null where there is no answer")
     if source.answer != type(source).model_fields["answer"].default and all(prompt.answer is None for prompt in prompts):
         raise UserError(f"{path}: no row has the answer field {source.answer!r}")
     return path.stem, prompts

@@ -2,10 +2,13 @@
 
 import inspect
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,28 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from r1mega.errors import UserError
 from r1mega.megatron.policy import Policy
+from r1mega.process import die_with_parent
 from r1mega.weights.dist_checkpoint import stored_shapes
 
 _STATE = "state.json"
 # Megatron-Core 0.19 has a second writer, for which it needs a package that exists with CUDA only.
 _WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+
+
+@cache
+def start_results_process() -> SyncManager:
+    """The process that keeps what Megatron-Core's writers report. Megatron-Core's own would outlive a rank that is killed."""
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(initializer=die_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+    return manager
 
 
 class Checkpoints:
@@ -51,6 +65,7 @@ class Checkpoints:
             UserError: this checkpoint, or the one before, could not be written.
         """
         self.wait()
+        start_results_process()
         self._writing = name
         partial = self._begin(name)
         states = describe(self._policy, reference, is_loading=False)

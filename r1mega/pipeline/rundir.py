@@ -67,17 +67,20 @@ class RunDirectory:
         """UserError for finished stages whose own artifact is gone, or which were made from another one than an earlier stage has now."""
         finished = self.finished()
         stale: list[str] = []
+        causes: dict[str, None] = {}
         for name, made in finished.items():
             kept = self.stage_dirs[name] / "artifact"
-            missing = [file for file in (made.artifact["files"] if made.artifact else ()) if not (kept / file).exists()]
+            lost = [name] if made.artifact and not all((kept / file).exists() for file in made.artifact["files"]) else []
             sources = [entry for entry in made.inputs.values() if entry["reference"] in self.recipe.stages]
-            if missing or any(_differs(entry, finished, stale) for entry in sources):
+            changed = [entry["reference"] for entry in sources if _differs(entry, finished, stale)]
+            if lost or changed:
                 stale.append(name)
+                causes |= dict.fromkeys(cause for cause in (*lost, *changed) if cause == name or cause not in stale)
         if stale:
             folders = " ".join(str(self.stage_dirs[name]) for name in stale)
             raise UserError(
-                f"the finished stages {', '.join(stale)} have lost their artifact, or were made from another one than an earlier stage has "
-                f"now; delete their folders, and the same command makes them again: {folders}"
+                f"the artifact of {', '.join(causes)} is gone, or another one than {', '.join(stale)} began with; delete what was made "
+                f"from it, and the same command makes it again: rm -r {folders}"
             )
 
     def model(self, reference: str) -> Path:
