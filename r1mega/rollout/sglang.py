@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar
@@ -45,7 +46,7 @@ class SglangEngine:
 
     def __init__(self, settings: Rollout, model_dir: Path, where: Surroundings) -> None:
         """Start or find the servers and wait for them; every rank calls it. UserError, one line, where that fails."""
-        self._settings, self._sglang, self._where = settings, settings.sglang, where
+        self._settings, self._sglang, self._where, self._model_dir = settings, settings.sglang, where, model_dir
         self._wire = Wire(settings.dtype)
         self._layout = self._sglang.layout.model_copy(update={"device": where.platform})
         self._arch = Architecture.from_hf(read_config(model_dir))
@@ -54,7 +55,7 @@ class SglangEngine:
         self._version = -1
         self._connect()
         if self._sglang.addresses:
-            ranks.shared(lambda: [check_model(client, model_dir, self._layout) for client in self._pool.clients])
+            ranks.shared(self._check_models)
 
     def _connect(self) -> None:
         """Wait until all servers answer, and learn where they are."""
@@ -65,6 +66,10 @@ class SglangEngine:
         self._pool = _Pool([Client(address, key) for address, key in known], self._sglang.concurrency, self._sglang.retries)
         self._control = Control(self._pool.clients, self._sglang.request_timeout_s)
         self._transport = self._new_transport()
+
+    def _check_models(self) -> None:
+        for client in self._pool.clients:
+            check_model(client, self._model_dir, self._layout)
 
     def _new_transport(self) -> Transport:
         if self._sglang.transport == "disk":
@@ -90,7 +95,7 @@ class SglangEngine:
     def _synced(self, source: WeightSource, version: int) -> str | None:
         """One attempt; what went wrong, the same on every rank."""
         transport, control = self._transport, self._control
-        error = ranks.shared(lambda: _failure(lambda: (control.pause(), transport.begin())))
+        error = ranks.shared(lambda: _failure(control.pause, transport.begin))
         if error is not None:
             return error
         errors = [error for error in ranks.gathered(self._sent(source)) if error is not None]
@@ -139,12 +144,12 @@ class SglangEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
         check_requests(requests, sampling, self._arch.vocab, self._arch.max_positions)
-        return self._asked([lambda client, one=one: self._drawn(client, one, sampling) for one in requests])
+        return self._asked([partial(self._drawn, one, sampling) for one in requests])
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
         check_scorings(scorings, top_k, self._arch.vocab, self._arch.max_positions)
-        return self._asked([lambda client, one=one: self._scored(client, one, top_k) for one in scorings])
+        return self._asked([partial(self._scored, one, top_k) for one in scorings])
 
     def _asked(self, calls: Sequence[Callable[[Client], T]]) -> list[T]:
         """The results of all calls, in order. Those that a lost server took with it are made again once it is replaced, on every rank."""
@@ -170,7 +175,7 @@ class SglangEngine:
             self.sync(self._source, self._version)
         raise UserError(f"the SGLang servers were lost {self._sglang.retries + 1} times in one rollout; the last time: {errors[0]}")
 
-    def _drawn(self, client: Client, request: Request, sampling: SamplingParams) -> Sample:
+    def _drawn(self, request: Request, sampling: SamplingParams, client: Client) -> Sample:
         answer = self._generate(
             client,
             {
@@ -214,7 +219,7 @@ class SglangEngine:
         except ValueError:
             raise Unanswered(f"{client.address}: serves weight version {version!r}, which no sync has set") from None
 
-    def _scored(self, client: Client, one: Scoring, top_k: int) -> Scores:
+    def _scored(self, one: Scoring, top_k: int, client: Client) -> Scores:
         answer = self._generate(
             client,
             {
@@ -297,10 +302,11 @@ class _Pool:
             return place
 
 
-def _failure(act: Callable[[], object]) -> str | None:
-    """Why an act failed, None where it did not."""
+def _failure(*acts: Callable[[], object]) -> str | None:
+    """Why the first of these acts that failed did so, None where none did."""
     try:
-        act()
+        for act in acts:
+            act()
     except (Failed, Unanswered, Refused) as error:
         return str(error)
     return None
