@@ -36,6 +36,8 @@ class Reference:
         self.leaves = {name: value.requires_grad_() for name, value in support.random_weights(self.arch).items()}
         self.model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).float().eval()
         self._given: Tensor | None = None
+        self.differing: list[Tensor] = []
+        """For each pass of a router that was given experts, bool [n]: whether it would have chosen others."""
         gates = [layer.mlp.gate for layer in self.model.model.layers if hasattr(layer.mlp, "gate")]
         for index, gate in enumerate(gates):
             gate.forward = partial(self._route, gate.forward, index)
@@ -45,7 +47,9 @@ class Reference:
         logits, weights, chosen = choose(hidden)
         if self._given is None:
             return logits, weights, chosen
-        chosen = torch.where(self._given[:, layer] < 0, chosen, self._given[:, layer])
+        given = self._given[:, layer]
+        self.differing.append((given[:, 0] >= 0) & (given.sort(-1).values != chosen.sort(-1).values).any(-1))
+        chosen = torch.where(given < 0, chosen, given)
         moe = self.arch.moe
         scores = (logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(-1)).gather(1, chosen)
         return logits, moe.scaling * (scores / scores.sum(-1, keepdim=True) if moe.normalize else scores), chosen
@@ -135,6 +139,14 @@ def test_losses_and_gradients_are_those_of_autograd(model, replay):
     expected = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in reference.leaves.items()}
     norm = torch.cat([gradient.flatten() for gradient in expected.values()]).double().norm().item()
     assert outcome.scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    if replay:
+        layers = reference.arch.layers - reference.arch.moe.first_dense_layers
+        passes = [torch.stack(reference.differing[i : i + layers]) for i in range(0, len(reference.differing), layers)]
+        known = sum(int(sequence.extras[ROUTED][1:].sum()) for sequence in support.routed(sequences, reference.arch))
+        tokens = sum(int(differs.any(0).sum()) for differs in passes) / known
+        routers = sum(int(differs.sum()) for differs in passes) / (known * layers)
+        print(f"{model}: other experts than given for {tokens:.3f} of the tokens, {routers:.3f} of the routers")
+        assert (outcome.scalars["differing tokens"], outcome.scalars["differing routers"]) == (tokens, routers)
     found = support.differences(outcome, expected)
     assert found.keys() == {name for name in expected if not name.endswith("correction_bias")}
     print(f"{model}: largest relative difference of a gradient {max(found.values()):.1e}")
