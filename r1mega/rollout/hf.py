@@ -25,8 +25,8 @@ EXPERTS = "r1mega_sorted"
 def _experts(module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     """Sum of weight * down(act(gate) * up) over each token's experts.
 
-    hidden [tokens, d], expert_ids and weights [tokens, top_k] -> [tokens, d]; the ids are kept as `module.routed`. Like `transformers`' own "grouped_mm", with
-    half of its passes over the [tokens * top_k, d] intermediates.
+    hidden [tokens, d], expert_ids and weights [tokens, top_k] -> [tokens, d]; the ids are kept as `module.routed`. Like `transformers`'
+    own "grouped_mm", with half of its passes over the [tokens * top_k, d] intermediates.
     """
     module.routed = expert_ids
     flat = expert_ids.reshape(-1)

@@ -1,6 +1,7 @@
 """Experts as SGLang's servers report them."""
 
 import base64
+import math
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ def read(client: Client, meta: dict[str, Any], fed: int, arch: Architecture) -> 
     if "routed_experts" not in meta:
         raise UserError(f"{client.address} does not tell which experts it takes: start it with {FLAG}, or set rollout.routing_replay=off")
     assert arch.moe is not None
+    shape = (fed, arch.layers, arch.moe.top_k)
     flat = torch.frombuffer(bytearray(base64.b64decode(meta["routed_experts"])), dtype=torch.int32)
-    if flat.numel() != fed * arch.layers * arch.moe.top_k:
-        raise Unanswered(f"{client.address}: experts of {flat.numel()} choices, not of {fed} tokens x {arch.layers} layers x {arch.moe.top_k}")
-    experts = flat.view(fed, arch.layers, arch.moe.top_k)[:, arch.moe.first_dense_layers :]
+    if flat.numel() != math.prod(shape):
+        raise Unanswered(f"{client.address}: tells {flat.numel()} experts, which are not {shape} of tokens, layers and choices")
+    experts = flat.view(shape)[:, arch.moe.first_dense_layers :]
     ordered = experts.sort(-1).values
     if ((ordered[..., 1:] == ordered[..., :-1]).any() or ordered.min() < 0 or ordered.max() >= arch.moe.experts).item():
         raise Unanswered(f"{client.address}: a token went through an expert twice, or through none of {arch.moe.experts}")
