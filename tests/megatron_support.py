@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
-from r1mega.data.packing import TokenSequence
+from r1mega.data.packing import ROUTED, ROUTING, TokenSequence
 from r1mega.megatron import platform, topology
 from r1mega.megatron.exchange import Exchange
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
@@ -95,6 +95,26 @@ def sequences(count: int = 16, seed: int = 0, vocab: int = 127, even: bool = Fal
     return found
 
 
+def routed(found: list[TokenSequence], arch: Architecture, seed: int = 7) -> list[TokenSequence]:
+    """The same sequences with experts for four tokens out of five: any, so hardly ever those that a router would choose."""
+    generator = torch.Generator().manual_seed(seed)
+    moe = arch.moe
+    assert moe is not None
+    return [
+        replace(
+            sequence,
+            extras={
+                **sequence.extras,
+                ROUTING: torch.rand(len(sequence.tokens), arch.layers - moe.first_dense_layers, moe.experts, generator=generator)
+                .argsort(-1)[..., : moe.top_k]
+                .to(torch.uint8),
+                ROUTED: torch.rand(len(sequence.tokens), generator=generator) < 0.8,
+            },
+        )
+        for sequence in found
+    ]
+
+
 def objective(logprobs: Tensor, entropies: Tensor, batch: LocalBatch) -> TokenLoss:
     """Not linear in the log-probs, and not the same for all tokens: a gradient that is scaled or misplaced shows."""
     mask = batch.mask
@@ -115,18 +135,21 @@ class Case:
     """Use the distributed optimizer, which leaves each rank a part of the gradients: only with `steps`."""
     even: bool = False
     """Sequences of one length, so that every layout packs the same chunks without padding."""
+    replay: bool = False
+    """Send most tokens through given experts."""
 
     @property
     def reference(self) -> "Case":
         """The same run in one process: cases that share it must agree."""
         train = {key: value for key, value in self.train.items() if key != "recompute"}
-        return Case(self.model, {}, train, self.steps, even=self.even)
+        return Case(self.model, {}, train, self.steps, even=self.even, replay=self.replay)
 
     @property
     def name(self) -> str:
         parts = [self.model, " ".join(f"{key}{value}" for key, value in self.layout.items()) or "one"]
         parts += [f"{key}={value}" for key, value in self.train.items()]
         parts += [f"steps={self.steps}"] * bool(self.steps) + ["distributed"] * self.distributed
+        parts += ["replayed"] * self.replay
         return ", ".join(parts)
 
 
@@ -151,11 +174,13 @@ def run(case: Case) -> Outcome:
     digests = {"initialized": digest(policy.exchange.gather(torch.float32))}
     policy.exchange.load(reader_of(random_weights(arch)))
     digests["loaded"] = digest(policy.exchange.gather(torch.float32))
-    batches = policy.microbatches(sequences(even=case.even))
+    given = sequences(even=case.even)
+    batches = policy.microbatches(routed(given, arch) if case.replay else given)
     forward = _total_logprob(policy, batches)
     for _ in range(case.steps or 1):
         result = policy.step(batches, objective, 1e-3)
     scalars = {"forward": forward, "loss": result.loss, "grad_norm": result.grad_norm, **result.sums, **result.peaks}
+    scalars |= {f"differing {name}": value for name, value in policy.routing_disagreement(batches).items()}
     if case.steps:
         local = {key: weight.detach().clone() for key, weight in policy.weights.items()}
     else:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.rollout import sglang_routing
 from r1mega.rollout.engine import Request, Sample, SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
@@ -37,7 +38,8 @@ def require() -> None:
 def served(model: Path, folder: Path) -> Iterator[Started]:
     """A server of its own process group, ready."""
     require()
-    server = Started(Sglang(start_timeout_s=900), model, "float32", Surroundings("cpu", folder), 0)
+    told = [sglang_routing.FLAG] if ModelFolder(model).arch.moe else []
+    server = Started(Sglang(start_timeout_s=900, arguments=told), model, "float32", Surroundings("cpu", folder), 0)
     try:
         while not server.ready():
             pass

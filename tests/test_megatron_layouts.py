@@ -52,6 +52,10 @@ CASES = {
         *(Case("v3", layout, MTP, 3, distributed) for layout in ({}, {"ep": 2}, {"tp": 2, "ep": 2}) for distributed in (False, True)),
         *(Case("v3", layout, BIAS, 3) for layout in ({"ep": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"tp": 2, "ep": 2})),
         *(Case("v3", layout, {"dtype": "bfloat16"}) for layout in ({"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2})),
+        *(Case("v3", layout, MTP, replay=True) for layout in ({"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2})),
+        *(Case("v3", layout, MTP | {"recompute": "full"}, replay=True) for layout in ({"tp": 2, "ep": 2}, {"pp": 2}, {"pp": 2, "vpp": 2})),
+        *(Case("v3", layout, BIAS, 3, replay=True) for layout in ({"ep": 2}, {"pp": 2})),
+        Case("v2", {"tp": 2, "ep": 2}, replay=True),
     ],
     4: [
         *(Case("v3", layout, train) for layout in FOUR for train in ({}, MTP)),
@@ -59,6 +63,7 @@ CASES = {
         *(Case(model, layout) for model in ("qwen", "llama") for layout in ({"tp": 2, "pp": 2}, {"tp": 2, "cp": 2})),
         Case("v3", {"cp": 2, "tp": 2, "ep": 2}, BALANCE, even=True),
         Case("v3", {"tp": 2, "ep": 2}, MTP, 3, distributed=True),
+        *(Case("v3", layout, MTP, replay=True) for layout in ({"tp": 2, "pp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 2})),
     ],
 }  # fmt: skip
 BF16 = "dtype=bfloat16"

@@ -1,6 +1,7 @@
 """Losses and gradients against autograd through transformers' modules, and the MTP layer written out in plain torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 import megatron_support as support
 from megatron_support import CONFIGS, Case
 
-from r1mega.data.packing import TokenSequence
+from r1mega.data.packing import ROUTED, ROUTING, TokenSequence
 from r1mega.weights.architecture import Architecture
 
 pytestmark = pytest.mark.lane
@@ -34,9 +35,36 @@ class Reference:
         self.arch = Architecture.from_hf(config)
         self.leaves = {name: value.requires_grad_() for name, value in support.random_weights(self.arch).items()}
         self.model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).float().eval()
+        self._given: Tensor | None = None
+        self.differing: list[Tensor] = []
+        """For each pass of a router that was given experts, bool [n]: whether it would have chosen others."""
+        gates = [layer.mlp.gate for layer in self.model.model.layers if hasattr(layer.mlp, "gate")]
+        for index, gate in enumerate(gates):
+            gate.forward = partial(self._route, gate.forward, index)
 
-    def trunk(self, tokens: Tensor) -> Tensor:
-        """Hidden states [n, hidden] after the final norm."""
+    def _route(self, choose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], layer: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        """A router's logits, and weights and indices of the experts: those that are given for a token, or else its own."""
+        logits, weights, chosen = choose(hidden)
+        if self._given is None:
+            return logits, weights, chosen
+        given = self._given[:, layer]
+        self.differing.append((given[:, 0] >= 0) & (given.sort(-1).values != chosen.sort(-1).values).any(-1))
+        chosen = torch.where(given < 0, chosen, given)
+        moe = self.arch.moe
+        scores = (logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(-1)).gather(1, chosen)
+        return logits, moe.scaling * (scores / scores.sum(-1, keepdim=True) if moe.normalize else scores), chosen
+
+    def trunk(self, tokens: Tensor, extras: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Hidden states [n, hidden] after the final norm; of what a sequence's extras say, element i + 1 is about the pass of token i."""
+        if extras and ROUTING in extras:
+            given = torch.where(extras[ROUTED][:, None, None], extras[ROUTING].long(), -1)
+            self._given = torch.cat([given[1:], torch.full_like(given[:1], -1)])
+        try:
+            return self._trunk(tokens)
+        finally:
+            self._given = None
+
+    def _trunk(self, tokens: Tensor) -> Tensor:
         found = functional_call(self.model.model, self._state(self.model.model, "model."), (tokens[None],), {"use_cache": False})
         return found.last_hidden_state[0]
 
@@ -87,7 +115,7 @@ def losses(reference: Reference, sequences: list[TokenSequence]) -> tuple[Tensor
         tokens, weights, advantages = sequence.tokens, sequence.weights, sequence.extras["advantages"]
         if len(tokens) < 2:
             continue
-        hidden = reference.trunk(tokens)
+        hidden = reference.trunk(tokens, sequence.extras)
         chosen = reference.logprobs(hidden)[:-1].gather(1, tokens[1:, None])[:, 0]
         main = main + (weights[1:] * (-advantages[1:] * chosen + 0.2 * chosen.square())).sum()
         if reference.arch.mtp_layers and len(tokens) > 2:
@@ -96,19 +124,29 @@ def losses(reference: Reference, sequences: list[TokenSequence]) -> tuple[Tensor
     return main, mtp
 
 
-@pytest.mark.parametrize("model", CONFIGS)
-def test_losses_and_gradients_are_those_of_autograd(model):
+@pytest.mark.parametrize(("model", "replay"), [*((model, False) for model in CONFIGS), ("v3", True), ("moonlight", True), ("v2", True)])
+def test_losses_and_gradients_are_those_of_autograd(model, replay):
+    """With `replay` most tokens go through given experts, in the trunk; the MTP layer's router chooses as ever."""
     reference = Reference(CONFIGS[model])
     has_mtp = reference.arch.mtp_layers > 0
-    main, mtp = losses(reference, support.sequences())
+    sequences = support.sequences()
+    main, mtp = losses(reference, support.routed(sequences, reference.arch) if replay else sequences)
     (main + MTP_WEIGHT * mtp).backward()
-    outcome = support.run(Case(model, train={"mtp_loss": MTP_WEIGHT} if has_mtp else {}))
+    outcome = support.run(Case(model, train={"mtp_loss": MTP_WEIGHT} if has_mtp else {}, replay=replay))
     assert outcome.scalars["loss"] == pytest.approx(main.item(), rel=1e-5)
     if has_mtp:
         assert outcome.scalars["mtp_loss"] == pytest.approx(mtp.item(), rel=1e-5)
     expected = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in reference.leaves.items()}
     norm = torch.cat([gradient.flatten() for gradient in expected.values()]).double().norm().item()
     assert outcome.scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    if replay:
+        layers = reference.arch.layers - reference.arch.moe.first_dense_layers
+        passes = [torch.stack(reference.differing[i : i + layers]) for i in range(0, len(reference.differing), layers)]
+        known = sum(int(sequence.extras[ROUTED][1:].sum()) for sequence in support.routed(sequences, reference.arch))
+        tokens = sum(int(differs.any(0).sum()) for differs in passes) / known
+        routers = sum(int(differs.sum()) for differs in passes) / (known * layers)
+        print(f"{model}: other experts than given for {tokens:.3f} of the tokens, {routers:.3f} of the routers")
+        assert (outcome.scalars["differing tokens"], outcome.scalars["differing routers"]) == (tokens, routers)
     found = support.differences(outcome, expected)
     assert found.keys() == {name for name in expected if not name.endswith("correction_bias")}
     print(f"{model}: largest relative difference of a gradient {max(found.values()):.1e}")

@@ -128,6 +128,10 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
         (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
         (["run.ranks=64", "layout.pp=64", "layout.ep=1"], "stages.zero: layout: pp x vpp = 64"),
         (["run.ranks=2", "layout={pp: 2, pipeline: E|L}"], "stages.zero: layout: pipeline"),
+        (
+            ["rollout.routing_replay=rollout", "run.ranks=1", "layout.ep=1", f"stages.zero.model={ROOT / 'configs/tiny/student'}"],
+            "stages.zero: rollout.routing_replay=rollout needs a model with experts, and this one has none; use off",
+        ),
         (["stages.zero.sampling.max_new_tokens=100000"], "'stages.zero.prompts.sums': sampling.max_new_tokens=100000 leaves no room"),
         (["stages.zero.train.chunk_tokens=32"], "'stages.zero.train.chunk_tokens': 32 is less than the 40 tokens of the longest prompt"),
         (["stages.zero.prompts.sums.template=r1_zero"], "'stages.zero.prompts.sums': prompt sums/"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from routing_support import chosen
 from torch import Tensor
 from transformers import AutoModelForCausalLM as Auto
 from transformers import DeepseekV3Config, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
@@ -129,6 +130,24 @@ def test_logprobs_equal_a_full_forward(folder: Path, kind: str, max_batch: int) 
     print(f"{kind}, max_batch {max_batch}: largest log-prob gap {worst:.1e} over {sum(len(s.response_ids) for s in samples)} tokens")
     assert worst <= 1e-5
     assert {len(set(sample.response_ids)) > 5 for sample in samples if len(sample.response_ids) > 20} == {True}
+
+
+@pytest.mark.parametrize("max_batch", [5, 64])
+def test_recorded_experts_are_those_of_a_full_forward(folder: Path, max_batch: int) -> None:
+    """Of every token that was fed, prompts included, whatever row it stood in; of the layers that have experts."""
+    built = engine(folder, "v3", max_batch)
+    samples = built.generate(ragged(), SamplingParams(routing=True))
+    for sample in samples:
+        assert sample.routing is not None and sample.routing.dtype == torch.uint8
+        assert sample.routing.shape == (len(sample.prompt_ids) + len(sample.response_ids) - 1, 2, 4)
+        assert torch.equal(sample.routing.long().sort(-1).values, chosen(reference("v3"), sample))
+    silent = built.generate(ragged(), SamplingParams())
+    assert silent == samples and all(sample.routing is None for sample in silent)
+
+
+def test_a_model_without_experts_records_none(folder: Path) -> None:
+    with pytest.raises(UserError, match="needs a model with experts"):
+        engine(folder, "llama").generate(ragged(), SamplingParams(routing=True))
 
 
 def test_logprobs_are_tempered_and_before_top_p(folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from megatron_support import cpu_platform
+from routing_support import chosen
 from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
@@ -69,6 +70,28 @@ def test_log_probs_are_the_trainers(joined, sampling):
         assert (sample.finish == "stop") == (sample.response_ids[-1] in stops)
         assert sample.finish == "stop" or len(sample.response_ids) == request.max_new_tokens
         assert not stops & set(sample.response_ids[:-1])
+
+
+def test_recorded_experts_are_those_of_the_model(served, joined, tmp_path):
+    """Canonical numbers of experts, the same as the embedded engine's, of every token that was fed, many sequences in a batch."""
+    (_, folder), (engine, model) = served, joined
+    asked = replace(PLAIN, routing=True)
+    if not hasattr(model.config, "n_routed_experts"):
+        with pytest.raises(UserError, match="needs a model with experts"):
+            engine.generate(support.requests(), asked)
+        return
+    samples = engine.generate(support.requests(), asked)
+    fed = [Request((*one.prompt_ids, *one.response_ids)[:-1], 0, 1) for one in samples]
+    local = LocalEngine(folder)
+    local.sync(support.source(folder, 0), version=0)
+    for sample, read in zip(samples, local.generate(fed, asked), strict=True):
+        assert sample.routing.dtype == torch.uint8
+        found = sample.routing.long().sort(-1).values
+        assert torch.equal(found, chosen(model, sample))
+        assert torch.equal(found, read.routing.long().sort(-1).values)
+    experts = torch.cat([sample.routing.flatten() for sample in samples]).unique()
+    print(f"{sum(len(one.prompt_ids) for one in fed)} tokens went through {len(experts)} experts, on both engines and in transformers")
+    assert all(one.routing is None for one in engine.generate(support.requests(2), PLAIN))
 
 
 def test_a_seed_alone_decides_what_is_drawn(joined):

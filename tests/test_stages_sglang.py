@@ -18,6 +18,7 @@ def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
     support.require()
     small = ["stages.zero.updates=3", "stages.zero.prompts_per_rollout=4", "stages.zero.evaluation=null", "stages.zero.save_every=0"]
     engine = ["rollout.engine=sglang", "rollout.sglang.start_timeout_s=900", "rollout.sglang.bucket_bytes=200000"]
+    engine += ["rollout.routing_replay=rollout"]
     command = [
         sys.executable,
         "-m",
@@ -36,6 +37,7 @@ def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
     assert [row["update"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert row["rollout_gap/max"] <= 1e-4
+        assert row["routing_gap/tokens"] <= 0.01
         assert row["seconds/sync"] > 0
     assert all(row["grad_norm"] > 0 for row in rows), "weights move between the syncs"
     (log,) = (stage / "engine").glob("server-*.log")

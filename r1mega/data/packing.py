@@ -12,6 +12,13 @@ from torch import Tensor
 
 from r1mega.errors import UserError
 
+ROUTING = "routing"
+"""Name of the extra uint8 or int16 [n, sparse layers, top_k], the experts of the pass that predicts token i: those that token i - 1, which
+is fed to it, went through."""
+
+ROUTED = "routed"
+"""Name of the extra bool [n]: whether that is known."""
+
 
 @dataclass(frozen=True)
 class TokenSequence:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
-from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
+from r1mega.data.packing import ROUTED, ROUTING, PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
 from r1mega.megatron import architecture, head, limits, model, topology
 from r1mega.megatron.exchange import Exchange
+from r1mega.megatron.replay import Replay, RoutedPacking
 from r1mega.planner.flops import forward_flops
 from r1mega.weights.architecture import Architecture
 
@@ -43,7 +43,7 @@ class LocalBatch:
     mtp_weights: Tensor
     ends: Tensor
     """[tokens] int64, at a sequence's last token its index among the update's sequences, -1 elsewhere."""
-    packing: PackedSeqParams
+    packing: RoutedPacking
     extras: dict[str, Tensor]
 
     @property
@@ -105,6 +105,7 @@ class Policy:
         self.config = architecture.transformer_config(arch, layout, train)
         self.chunks = model.build(arch, layout, self.config)
         self.weights = model.named_weights(self.chunks)
+        self._replay = Replay(self.chunks, arch)
         self.exchange = Exchange(arch, layout, self.weights)
         for local in self.exchange.placed:
             # Megatron-Core sets this mark only when it initialises weights itself; the gradient norm counts a parameter without it
@@ -175,17 +176,25 @@ class Policy:
             mtp_labels=share(batch.mtp_labels),
             mtp_weights=share(batch.mtp_weights),
             ends=share(batch.ends),
-            packing=PackedSeqParams(
-                qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=longest, max_seqlen_kv=longest
+            packing=RoutedPacking(
+                qkv_format="thd",
+                cu_seqlens_q=boundaries,
+                cu_seqlens_kv=boundaries,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+                routing=self._replay.share(batch.extras, share),
             ),
-            extras={name: share(values) for name, values in batch.extras.items()},
+            extras={name: share(values) for name, values in batch.extras.items() if name not in (ROUTING, ROUTED)},
         )
 
     # ------------------------------------------------------------ forward
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[LocalBatch], temperature: float = 1.0) -> list[Tensor] | None:
-        """Log-probs [tokens] of the labels of each micro-batch, 0 where the loss weight is 0; None off the last pipeline stage."""
+    def logprobs(self, batches: Sequence[LocalBatch], temperature: float = 1.0, replay: bool = True) -> list[Tensor] | None:
+        """Log-probs [tokens] of the labels of each micro-batch, 0 where the loss weight is 0; None off the last pipeline stage.
+
+        Without `replay`, routers choose the experts even where an engine's choice is known: other weights are another model.
+        """
         found: list[Tensor] = []
 
         def collect(hidden: Tensor, batch: LocalBatch) -> tuple[Tensor, dict[str, Any]]:
@@ -193,7 +202,7 @@ class Policy:
             found.append(logprobs)
             return hidden.new_zeros(()), {}
 
-        self.run(batches, collect, forward_only=True)
+        self.run(batches, collect, forward_only=True, replay=replay)
         return found if self.is_last_stage else None
 
     def step(self, batches: Sequence[LocalBatch], objective: Objective, lr: float, temperature: float = 1.0) -> StepResult:
@@ -298,8 +307,20 @@ class Policy:
         weight = last.shared_embedding_or_output_weight() if self.arch.tied else last.output_layer.weight
         return hidden.squeeze(1).index_select(0, rows), weight
 
+    def routing_disagreement(self, batches: Sequence[LocalBatch]) -> dict[str, float]:
+        """Shares of tokens and routers whose experts the trainer would have chosen otherwise; see `Replay.disagreement`.
+
+        Empty where nothing was recorded. It says something of the last pass with replay: of a step, of its weights before.
+        """
+        routings = [batch.packing.routing for batch in batches if batch.packing.routing is not None]
+        return self._replay.disagreement(routings) if routings else {}
+
     def run(
-        self, batches: Sequence[LocalBatch], finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], forward_only: bool
+        self,
+        batches: Sequence[LocalBatch],
+        finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]],
+        forward_only: bool,
+        replay: bool = True,
     ) -> None:
         """Megatron-Core's schedule (none, 1F1B, interleaved) over the micro-batches; `finish` is called on the last stage."""
         for chunk in self._wrapped:
@@ -312,7 +333,7 @@ class Policy:
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 labels=batch.labels[None],
-                packed_seq_params=batch.packing,
+                packed_seq_params=batch.packing if replay else replace(batch.packing, routing=None),
             )
             return hidden, partial(_finished, batch, finish)
 

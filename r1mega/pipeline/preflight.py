@@ -91,6 +91,8 @@ def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
                 if recipe.rollout.engine == "sglang" and arch.head == "lm":
                     check_engine(arch, recipe.rollout.sglang.layout.model_copy(update={"device": recipe.run.platform}))
                 if isinstance(stage, Grpo):
+                    if recipe.rollout.routing_replay != "off" and arch.moe is None:
+                        raise UserError("rollout.routing_replay=rollout needs a model with experts, and this one has none; use off")
                     for reward in stage.reward_models.values():
                         _check_reward_model(recipe, arch, reward.model, inputs)
         except UserError as error:

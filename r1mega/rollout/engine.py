@@ -1,7 +1,7 @@
 """What a rollout engine takes and gives. Stages know these types and nothing of any engine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -29,6 +29,8 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    routing: bool = False
+    """Whether samples say which experts their tokens went through; for models with experts."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Sample:
     """Of the weights that drew the last token."""
     earlier_versions: tuple[tuple[int, int], ...] = ()
     """(version, number of tokens) of the weights that drew what stands before, where a sync came in between."""
+    routing: Tensor | None = field(default=None, compare=False)
+    """uint8 (int16 where experts are more than 256) [m, sparse layers, top_k], the experts that the last m tokens fed to the model went
+    through, in any order; None where they were not asked for.
+
+    Row m - 1 is of the last token but one, whose pass drew the last: that one was never fed. Engines here record all tokens that were
+    fed, so m = len(prompt_ids) + len(response_ids) - 1 and row i is of token i. Layers are those with experts, from the first to the
+    last; neither dense layers nor MTP layers are among them."""
 
 
 @dataclass(frozen=True)

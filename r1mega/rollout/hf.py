@@ -25,9 +25,10 @@ EXPERTS = "r1mega_sorted"
 def _experts(module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     """Sum of weight * down(act(gate) * up) over each token's experts.
 
-    hidden [tokens, d], expert_ids and weights [tokens, top_k] -> [tokens, d]. Like `transformers`' own "grouped_mm", with
-    half of its passes over the [tokens * top_k, d] intermediates.
+    hidden [tokens, d], expert_ids and weights [tokens, top_k] -> [tokens, d]; the ids are kept as `module.routed`. Like `transformers`'
+    own "grouped_mm", with half of its passes over the [tokens * top_k, d] intermediates.
     """
+    module.routed = expert_ids
     flat = expert_ids.reshape(-1)
     order = flat.argsort()
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
@@ -69,6 +70,11 @@ def build(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
             # As from_pretrained does: in bf16 the bias would be too coarse to choose experts by.
             module.e_score_correction_bias = nn.Buffer(module.e_score_correction_bias.float())
     return model
+
+
+def sparse_layers(model: PreTrainedModel) -> list[DeepseekV3Experts]:
+    """The experts of each layer that has some, from the first layer to the last."""
+    return [module for module in model.modules() if isinstance(module, DeepseekV3Experts)]
 
 
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from r1mega.errors import UserError
 from r1mega.rollout.cache import Decode, Pass, Prefill, RowCache
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
-from r1mega.rollout.hf import build, weight_places
+from r1mega.rollout.hf import build, sparse_layers, weight_places
 from r1mega.rollout.limits import check_requests
+from r1mega.rollout.routing import check_routing, compact
 from r1mega.rollout.sampling import draw, uniforms
 from r1mega.rollout.score import score
 from r1mega.weights.source import WeightSource
@@ -77,6 +78,7 @@ class LocalEngine:
             raise UserError("the rollout engine has no weights; load some before generating")
         config = self._model.config
         check_requests(requests, sampling, config.vocab_size, config.max_position_embeddings)
+        check_routing(sampling, bool(sparse_layers(self._model)))
         if not requests:
             return []
         return _Flight(self._model, requests, sampling, self._max_batch).run(self._version)
@@ -108,6 +110,10 @@ class _Flight:
         self.stopped = np.zeros(len(requests), dtype=bool)
         self.tokens = np.empty((len(requests), self.budgets.max()), dtype=np.int64)
         self.logprobs = np.empty(self.tokens.shape, dtype=np.float32)
+        self.sparse = sparse_layers(model) if sampling.routing else []
+        places = int((self.prompt_lengths + self.budgets).max()) - 1
+        top_k = model.config.num_experts_per_tok if self.sparse else 0
+        self.routing = compact(torch.zeros(len(requests), places, len(self.sparse), top_k), getattr(model.config, "n_routed_experts", 0))
         # Samples of one prompt enter together; so do prompts of similar length, for they are padded to the longest of a pass.
         self.waiting = sorted(range(len(requests)), key=lambda index: (self.prompt_lengths[index], requests[index].prompt_ids))
         self.capacity = min(max_batch, len(requests))
@@ -145,6 +151,10 @@ class _Flight:
         first = len(self.rows)
         hidden = self._forward(ids, positions, Prefill(self.cache, first, owner, lengths))
         self.rows = np.concatenate((self.rows, joined))
+        if self.sparse:
+            for index, prompt_routing in zip(joined, self._routed(*ids.shape)[owner], strict=True):
+                length = self.prompt_lengths[index]
+                self.routing[index, :length] = prompt_routing[longest - length :]
         self._draw(first, hidden[owner])
 
     def _step(self) -> None:
@@ -152,12 +162,20 @@ class _Flight:
         drawn = self.drawn[self.rows]
         newest = torch.from_numpy(self.tokens[self.rows, drawn - 1])
         lengths = torch.from_numpy(self.prompt_lengths[self.rows] + drawn)
-        self._draw(0, self._forward(newest[:, None], lengths[:, None] - 1, Decode(self.cache, lengths)))
+        hidden = self._forward(newest[:, None], lengths[:, None] - 1, Decode(self.cache, lengths))
+        if self.sparse:
+            self.routing[torch.from_numpy(self.rows), lengths - 1] = self._routed(len(lengths), 1)[:, 0]
+        self._draw(0, hidden)
 
     def _forward(self, ids: Tensor, positions: Tensor, rows: Pass) -> Tensor:
         """Hidden states [b, hidden] at the last of the tokens `ids` [b, s]."""
         out = self.decoder(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=self.cache.latents, rows=rows)
         return out.last_hidden_state[:, -1]
+
+    def _routed(self, rows: int, tokens: int) -> Tensor:
+        """Experts [rows, tokens, sparse layers, top_k] of the pass that has just run."""
+        found = torch.stack([layer.routed for layer in self.sparse], dim=1)
+        return found.view(rows, tokens, *found.shape[1:]).to(self.routing.dtype)
 
     def _draw(self, first: int, hidden: Tensor) -> None:
         """Draw a token for each row from `first` on, given their hidden states, and drop the rows that are finished."""
@@ -187,11 +205,13 @@ class _Flight:
         self.rows = self.rows[:left]
 
     def _sample(self, index: int, version: int) -> Sample:
-        drawn = self.drawn[index]
+        drawn, prompt_ids = int(self.drawn[index]), self.requests[index].prompt_ids
         return Sample(
-            prompt_ids=self.requests[index].prompt_ids,
+            prompt_ids=prompt_ids,
             response_ids=tuple(self.tokens[index, :drawn].tolist()),
             logprobs=tuple(self.logprobs[index, :drawn].tolist()),
             finish="stop" if self.stopped[index] else "length",
             weight_version=version,
+            # A copy: what is sent to other ranks takes its whole memory along.
+            routing=self.routing[index, : len(prompt_ids) + drawn - 1].clone() if self.sparse else None,
         )

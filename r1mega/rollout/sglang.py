@@ -17,12 +17,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from r1mega.config.rollout import Rollout
+from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline import ranks
+from r1mega.rollout import sglang_routing
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
 from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
+from r1mega.rollout.routing import check_routing
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_servers import Fleet, check_model
@@ -46,10 +48,10 @@ class SglangEngine:
 
     def __init__(self, settings: Rollout, model_dir: Path, where: Surroundings) -> None:
         """Start or find the servers and wait for them; every rank calls it. UserError, one line, where that fails."""
-        self._settings, self._sglang, self._where, self._model_dir = settings, settings.sglang, where, model_dir
+        self._arch = Architecture.from_hf(read_config(model_dir))
+        self._settings, self._sglang, self._where, self._model_dir = settings, _started_for(settings, self._arch), where, model_dir
         self._wire = Wire(settings.dtype)
         self._layout = self._sglang.layout.model_copy(update={"device": where.platform})
-        self._arch = Architecture.from_hf(read_config(model_dir))
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
         self._version = -1
@@ -144,6 +146,7 @@ class SglangEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
         check_requests(requests, sampling, self._arch.vocab, self._arch.max_positions)
+        check_routing(sampling, self._arch.moe is not None)
         return self._asked([partial(self._drawn, one, sampling) for one in requests])
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
@@ -187,6 +190,7 @@ class SglangEngine:
                     "stop_token_ids": list(sampling.stop_token_ids),
                     "sampling_seed": request.seed & (2**63 - 1),
                 },
+                sglang_routing.FIELD: sampling.routing,
             },
         )
         meta = answer["meta_info"]
@@ -197,7 +201,8 @@ class SglangEngine:
         if not ids or spans[-1][0] != self._version:
             raise Unanswered(f"{client.address}: drew {len(ids)} tokens from weight version {spans[-1][0]} instead of {self._version}")
         logprobs = tuple(float(logprob) for logprob, *_ in tokens)
-        return Sample(request.prompt_ids, ids, logprobs, finish, self._version, tuple(spans[:-1]))
+        routing = sglang_routing.read(client, meta, len(request.prompt_ids) + len(ids) - 1, self._arch) if sampling.routing else None
+        return Sample(request.prompt_ids, ids, logprobs, finish, self._version, tuple(spans[:-1]), routing)
 
     @staticmethod
     def _finish(client: Client, reason: dict[str, Any], request: Request, drawn: int) -> Literal["stop", "length"]:
@@ -300,6 +305,13 @@ class _Pool:
             place = min(range(len(self.clients)), key=lambda place: (failed.count(place), self._load[place]))
             self._load[place] += 1
             return place
+
+
+def _started_for(settings: Rollout, arch: Architecture) -> Sglang:
+    """The servers' settings, which tell experts where they are replayed and the model has some."""
+    if settings.routing_replay == "off" or arch.moe is None:
+        return settings.sglang
+    return settings.sglang.model_copy(update={"arguments": [*settings.sglang.arguments, sglang_routing.FLAG]})
 
 
 def _failure(*acts: Callable[[], object]) -> str | None:

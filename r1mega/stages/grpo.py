@@ -106,14 +106,20 @@ class GrpoLoop:
         for index, (minibatch, local) in enumerate(zip(minibatches, batches, strict=True)):
             rate = learning_rate(stage.optimizer, update + index, stage.updates)
             begin = time.perf_counter()
+            # The weights that drew an answer met it in the pass for its old log-probs, or do in the step of the first minibatch.
+            routing = self.policy.routing_disagreement(local) if index > 0 else {}
             try:
                 step = self.policy.step(local, _Loss(stage.objective, update + index), rate, temperature)
             except NotFinite as error:
                 raise self._stopped(minibatch, update + index, error) from None
             seconds = rollout.seconds | {"train": time.perf_counter() - begin}
             rollout.seconds = {}
+            routing = routing or self.policy.routing_disagreement(local)
             self.last_metrics = (
-                minibatch.metrics(stage.difficulty) | _loss_metrics(step.sums, step.peaks) | {"lr": rate, "grad_norm": step.grad_norm}
+                minibatch.metrics(stage.difficulty)
+                | _loss_metrics(step.sums, step.peaks)
+                | {f"routing_gap/{name}": value for name, value in routing.items()}
+                | {"lr": rate, "grad_norm": step.grad_norm}
             )
             yield {"update": update + index + 1, **self.last_metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
 
@@ -123,7 +129,10 @@ class GrpoLoop:
             self._sync(update)
         drawn = self.mixture.draw(stage.prompts_per_rollout, update)
         kinds, questions = [kind for kind, _ in drawn], [self.questions[kind][place] for kind, place in drawn]
-        sampling = SamplingParams(at(stage.sampling.temperature, update), at(stage.sampling.top_p, update), self.model.stop_token_ids)
+        routing = self.ctx.recipe.rollout.routing_replay == "rollout"
+        sampling = SamplingParams(
+            at(stage.sampling.temperature, update), at(stage.sampling.top_p, update), self.model.stop_token_ids, routing
+        )
         cap = int(at(stage.sampling.max_new_tokens, update))
         with _timed(seconds, "generate"):
             seed = f"{self.ctx.seed}/{self.ctx.name}/{update}"
@@ -159,7 +168,7 @@ class GrpoLoop:
             _add("old_logprobs", later, self.policy.logprobs(later, temperature))
         if self.reference is not None:
             with self.policy.holding(self.reference):
-                _add("ref_logprobs", everything, self.policy.logprobs(everything, temperature))
+                _add("ref_logprobs", everything, self.policy.logprobs(everything, temperature, replay=False))
 
     def _stopped(self, minibatch: "Minibatch", update: int, error: NotFinite) -> UserError:
         """Save the batch that broke the update and say where."""

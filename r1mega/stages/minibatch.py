@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from r1mega.config.training import GrpoObjective
-from r1mega.data.packing import TokenSequence
+from r1mega.data.packing import ROUTED, ROUTING, TokenSequence
 from r1mega.objectives.grpo import group_advantages, token_weights, uniform_groups
 from r1mega.rollout.ask import Question, Response
+from r1mega.rollout.engine import Sample
 
 _MOST_LEVELS = 12
 """Difficulties with a pass rate of their own; a field with more different values is none."""
@@ -123,4 +124,13 @@ def _sequence(response: Response, weight: float, advantage: float) -> TokenSeque
     values[:2, prompt:] = torch.tensor([[weight], [advantage]])
     logprobs[prompt:] = torch.tensor(sample.logprobs)
     tokens = torch.tensor(sample.prompt_ids + sample.response_ids)
-    return TokenSequence(tokens, weights, {"advantages": advantages, "rollout_logprobs": logprobs})
+    return TokenSequence(tokens, weights, {"advantages": advantages, "rollout_logprobs": logprobs} | _routing(sample))
+
+
+def _routing(sample: Sample) -> dict[str, Tensor]:
+    """The extras of a sample that says which experts its tokens went through. The pass over token i - 1 predicts token i."""
+    if sample.routing is None:
+        return {}
+    count, rows = len(sample.prompt_ids) + len(sample.response_ids), len(sample.routing)
+    routing = torch.cat([sample.routing.new_zeros(count - rows, *sample.routing.shape[1:]), sample.routing])
+    return {ROUTING: routing, ROUTED: torch.arange(count) >= count - rows}

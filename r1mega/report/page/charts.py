@@ -69,6 +69,7 @@ PANELS = (
     Panel(MACHINE, "Seconds", _starts("seconds/")),
     Panel(MACHINE, "Tokens", _starts("tokens")),
     Panel(MACHINE, "Engine against trainer, log-probs", _starts("rollout_gap")),
+    Panel(MACHINE, "Engine against trainer, experts: share that differs", _starts("routing_gap")),
     Panel(LEARNS, "Reflection words", _holds("reflection")),
     Panel(LEARNS, "Language consistency", _holds("consistency", "language")),
     Panel(LEARNS, "Pass rate", _holds("pass_rate", "difficulty")),
