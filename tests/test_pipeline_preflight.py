@@ -128,10 +128,6 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
         (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
         (["run.ranks=64", "layout.pp=64", "layout.ep=1"], "stages.zero: layout: pp x vpp = 64"),
         (["run.ranks=2", "layout={pp: 2, pipeline: E|L}"], "stages.zero: layout: pipeline"),
-        (
-            ["rollout.routing_replay=rollout", "run.ranks=1", "layout.ep=1", f"stages.zero.model={ROOT / 'configs/tiny/student'}"],
-            "stages.zero: rollout.routing_replay=rollout needs a model with experts, and this one has none; use off",
-        ),
         (["stages.zero.sampling.max_new_tokens=100000"], "'stages.zero.prompts.sums': sampling.max_new_tokens=100000 leaves no room"),
         (["stages.zero.train.chunk_tokens=32"], "'stages.zero.train.chunk_tokens': 32 is less than the 40 tokens of the longest prompt"),
         (["stages.zero.prompts.sums.template=r1_zero"], "'stages.zero.prompts.sums': prompt sums/"),
@@ -145,6 +141,14 @@ def test_what_the_recipe_alone_gets_wrong(tiny: Path, overrides: list[str], mess
     shutil.copytree(tiny.parent / "base", tiny.parent / "no_mtp")
     edit_config(tiny.parent / "no_mtp", num_nextn_predict_layers=0)
     assert refused(tiny, *(text.replace("{no_mtp}", str(tiny.parent / "no_mtp")) for text in overrides)).startswith(message)
+
+
+def test_replayed_routing_needs_experts(tiny: Path) -> None:
+    replayed = load_recipe(tiny, ["rollout.routing_replay=rollout", "run.ranks=1", "layout.ep=1"])
+    check_layouts(replayed)
+    shutil.copy(ROOT / "configs/tiny/student/config.json", tiny.parent / "base")
+    with pytest.raises(UserError, match=r"^stages\.zero: rollout\.routing_replay=rollout needs a model with experts"):
+        check_layouts(replayed)
 
 
 @pytest.mark.lane
