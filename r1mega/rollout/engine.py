@@ -69,6 +69,16 @@ class Scores:
     """float32 [n, k]."""
 
 
+@dataclass(frozen=True)
+class Differences:
+    """What of an engine's weights is not as it should be."""
+
+    names: tuple[str, ...]
+    """Parameters that differ in any bit, by the engine's own names."""
+    compared: int
+    """How many were compared."""
+
+
 class Engine(Protocol):
     """Anything that turns token ids into token ids.
 
@@ -89,6 +99,9 @@ class Engine(Protocol):
 
         A server scores as it reads a prompt: SGLang's `return_logprob` with `logprob_start_len` and `top_logprobs_num`.
         """
+
+    def differing(self, source: WeightSource) -> Differences | None:
+        """Hold what the engine has against a source, in the engine's dtype; nothing is changed. None where it cannot tell."""
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -6,7 +6,7 @@ split into `updates_per_rollout` minibatches of whole groups, each trained on on
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, TokenLoss
 from r1mega.megatron.reward_model import RewardModel
 from r1mega.objectives.grpo import policy_loss
+from r1mega.objectives.mismatch import importance_weights, off_policy_sequences
 from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
@@ -39,6 +40,7 @@ from r1mega.stages.minibatch import Judgement, Minibatch, Rollout
 from r1mega.stages.schedule import learning_rate
 from r1mega.stages.scoring import Scorer
 from r1mega.stages.training import export, restore
+from r1mega.stages.trust import Decision, Guard, Part, measured
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class GrpoLoop:
         rewarding = {name: RewardModel(policy, ctx.reward_model_dir(reward.model)) for name, reward in stage.reward_models.items()}
         self.scorer = stack.enter_context(Scorer(stage, ctx.recipe.run.judges, rewarding, model.tokenizer))
         self.reference = policy.host_copy() if largest(stage.objective.kl_coef) > 0 else None
+        self.guard = Guard(ctx, stage, policy, self.engine, [one for questions in self.questions.values() for one in questions])
         self.checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.last_metrics: dict[str, Any] = {}
@@ -103,17 +106,24 @@ class GrpoLoop:
         with _timed(rollout.seconds, "logprobs"):
             batches = [self.policy.microbatches(minibatch.sequences) for minibatch in minibatches]
             self._add_logprobs(batches, temperature)
+        trusted = self._trusted(update, [Part(minibatch.samples, local) for minibatch, local in zip(minibatches, batches, strict=True)])
         for index, (minibatch, local) in enumerate(zip(minibatches, batches, strict=True)):
+            count = len(minibatch.sequences)
+            loss = _Loss(stage.objective, update + index, trusted.corrects, count, self.policy.over_context)
             rate = learning_rate(stage.optimizer, update + index, stage.updates)
             begin = time.perf_counter()
             try:
-                step = self.policy.step(local, _Loss(stage.objective, update + index), rate, temperature)
+                step = self.policy.step(local, loss, rate, temperature)
             except NotFinite as error:
                 raise self._stopped(minibatch, update + index, error) from None
             seconds = rollout.seconds | {"train": time.perf_counter() - begin}
             rollout.seconds = {}
             self.last_metrics = (
-                minibatch.metrics(stage.difficulty) | _loss_metrics(step.sums, step.peaks) | {"lr": rate, "grad_norm": step.grad_norm}
+                minibatch.metrics(stage.difficulty)
+                | _loss_metrics(step.sums, step.peaks)
+                | measured(self.policy, local, count).measures()
+                | (trusted.row if index == 0 else {})
+                | {"lr": rate, "grad_norm": step.grad_norm}
             )
             yield {"update": update + index + 1, **self.last_metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
 
@@ -123,7 +133,7 @@ class GrpoLoop:
             self._sync(update)
         drawn = self.mixture.draw(stage.prompts_per_rollout, update)
         kinds, questions = [kind for kind, _ in drawn], [self.questions[kind][place] for kind, place in drawn]
-        sampling = SamplingParams(at(stage.sampling.temperature, update), at(stage.sampling.top_p, update), self.model.stop_token_ids)
+        sampling = self._sampling(update)
         cap = int(at(stage.sampling.max_new_tokens, update))
         with _timed(seconds, "generate"):
             seed = f"{self.ctx.seed}/{self.ctx.name}/{update}"
@@ -133,11 +143,29 @@ class GrpoLoop:
         self._check_judged(judgement, update)
         return Rollout(kinds, questions, groups, judgement, seconds)
 
+    def _sampling(self, update: int) -> SamplingParams:
+        stage = self.stage
+        return SamplingParams(at(stage.sampling.temperature, update), at(stage.sampling.top_p, update), self.model.stop_token_ids)
+
+    def _trusted(self, update: int, parts: Sequence[Part]) -> Decision:
+        """Hold the rollout against the mismatch budget. UserError, the state saved and nothing trained on, where that says stop."""
+        found = self.guard.hold(update, parts, self._sampling(update))
+        if found.stop is not None:
+            self.ctx.metrics.write({"update": update + 1, **found.row})
+            self.save(update)
+            self.checkpoints.wait()
+            raise UserError(
+                f"stage {self.ctx.name}, update {update + 1}: {found.stop}; nothing was trained on this rollout, and the same command "
+                f"goes on with it from {self.ctx.dir / 'checkpoints'}"
+            )
+        return found
+
     def _sync(self, version: int) -> None:
         """Give the engine the policy's current weights."""
         if self._synced == version:
             return
-        self.engine.sync(self.policy.exchange, version)
+        with self.guard.syncing():
+            self.engine.sync(self.policy.exchange, version)
         self._synced = version
 
     def _check_judged(self, judgement: Judgement, update: int) -> None:
@@ -151,10 +179,11 @@ class GrpoLoop:
     def _add_logprobs(self, batches: Sequence[Sequence[LocalBatch]], temperature: float) -> None:
         """Reference log-probs of every micro-batch, and the policy's own before the first of its minibatches moves it.
 
-        The first minibatch is trained on with the very weights that drew it: its old log-probs are those of the training forward.
+        The first minibatch is trained on with the very weights that drew it: its old log-probs are those of the training forward, unless
+        the mismatch budget asks for them ahead.
         """
         everything = [batch for local in batches for batch in local]
-        later = [batch for local in batches[1:] for batch in local]
+        later = [batch for local in batches[0 if self.guard.asks_ahead else 1 :] for batch in local]
         if later:
             _add("old_logprobs", later, self.policy.logprobs(later, temperature))
         if self.reference is not None:
@@ -221,34 +250,59 @@ class _Loss:
 
     objective: GrpoObjective
     update: int
+    corrects: bool
+    """Whether objective.mismatch corrects the loss."""
+    sequences: int
+    """Of the update."""
+    add_up: Callable[[Tensor], Tensor]
+    """Sums over the ranks that sequences are cut over."""
 
     def __call__(self, logprobs: Tensor, entropies: Tensor, batch: LocalBatch) -> TokenLoss:
         mask, extras = batch.mask, batch.extras
-        old = extras.get("old_logprobs")
-        terms = policy_loss(logprobs, old, extras.get("ref_logprobs"), extras["advantages"], mask, self.objective, self.update)
-        gap = torch.where(mask, (logprobs.detach() if old is None else old) - extras["rollout_logprobs"], 0.0).abs()
+        # Where they were not asked for before, the weights have not moved since the rollout.
+        old = extras.setdefault("old_logprobs", logprobs.detach())
+        correction, sums = self._correction(logprobs.detach(), batch)
+        ref, advantages = extras.get("ref_logprobs"), extras["advantages"]
+        terms = policy_loss(logprobs, old, ref, advantages, mask, self.objective, self.update, correction)
         return TokenLoss(
             loss=terms.loss,
-            sums={
+            sums=sums
+            | {
                 "tokens": mask.sum(),
                 "kl": terms.kl.sum(),
-                "clipped": terms.clipped.sum(),
+                "clip_fraction": terms.clipped.sum(),
                 "entropy": (entropies * mask).sum(),
-                "rollout_gap": gap.sum(),
             },
-            peaks={"rollout_gap": gap.max(), "ratio": torch.where(mask, terms.ratio, 1.0).max()},
+            peaks={"ratio": torch.where(mask, terms.ratio, 1.0).max()},
         )
+
+    def _correction(self, logprobs: Tensor, batch: LocalBatch) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Factors [T] of the policy's loss, None for all 1; and what they did."""
+        mismatch = self.objective.mismatch
+        if not self.corrects:
+            return None, {}
+        mask, extras = batch.mask, batch.extras
+        log_ratio = torch.where(mask, extras["old_logprobs"] - extras["rollout_logprobs"], 0.0)
+        weights = importance_weights(log_ratio, mismatch)
+        found = {"correction/weight": weights[mask].sum(), "correction/bounded": (weights != log_ratio.exp())[mask].sum()}
+        if mismatch.sequence_mask is None:
+            return weights, found
+        left_out = off_policy_sequences(
+            torch.where(mask, logprobs - extras["rollout_logprobs"], 0.0),
+            extras["advantages"],
+            mask,
+            extras["sequence"],
+            self.sequences,
+            mismatch.sequence_mask,
+            self.add_up,
+        )
+        return weights.masked_fill(left_out, 0.0), found | {"correction/left_out": left_out.sum()}
 
 
 def _loss_metrics(sums: dict[str, float], peaks: dict[str, float]) -> dict[str, float]:
     tokens = max(sums["tokens"], 1.0)
     means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "loss", "mtp_loss")}
-    found = {"kl": means["kl"], "clip_fraction": means["clipped"], "entropy": means["entropy"]}
-    return (
-        found
-        | {"tokens": sums["tokens"], "rollout_gap/mean": means["rollout_gap"]}
-        | {f"{name}/max": value for name, value in peaks.items()}
-    )
+    return means | {"tokens": sums["tokens"]} | {f"{name}/max": value for name, value in peaks.items()}
 
 
 def _add(name: str, batches: Sequence[LocalBatch], values: Sequence[Tensor] | None) -> None:
