@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("megatron.core")
 import sglang_support as support
 import torch
+from attribution_support import NOW, PLAIN, looked_at
 from megatron_support import cpu_platform
 from torch import Tensor
 
@@ -15,17 +16,14 @@ from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
 from r1mega.megatron.policy import Policy
 from r1mega.pipeline.model_folder import ModelFolder
-from r1mega.rollout.attribution import NOTHING, Facts, Verdict, verdict
-from r1mega.rollout.engine import Sample, SamplingParams
+from r1mega.rollout.attribution import NOTHING
+from r1mega.rollout.engine import SamplingParams
 from r1mega.rollout.local import LocalEngine
-from r1mega.stages.attribution import Side, facts
 from r1mega.weights.moving import reader_of
 from r1mega.weights.source import Mapped
 
 MODEL = Path(__file__).parents[1] / "configs/tiny/base"
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
-NOW = 7
-PLAIN = SamplingParams(1.0, 1.0, (2,))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,19 +55,6 @@ def previous(policy, weights) -> list[Tensor]:
     return kept
 
 
-def looked_at(
-    policy: Policy, engine: LocalEngine, claimed: SamplingParams, drawn: SamplingParams | None = None, **side
-) -> tuple[Facts, Verdict]:
-    """Draw with `drawn`, which is what the recipe claims unless said otherwise, and ask why the log-probs differ."""
-    samples: list[Sample] = engine.generate(support.requests(12, new=24), drawn or claimed)
-    before = policy.host_copy()
-    found = facts(policy, engine, samples, claimed, Side(NOW, **{"engine_dtype": "float32", **side}), 24, "seed")
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.host_copy(), strict=True)), "looking changes nothing"
-    said = verdict(found)
-    print(said.line, {name: float(f"{value:.3g}") for name, value in said.numbers.items()})
-    return found, said
-
-
 def synced(policy: Policy, dtype: torch.dtype = torch.float32) -> LocalEngine:
     engine = LocalEngine(MODEL, dtype=dtype)
     engine.sync(policy.exchange, NOW)
@@ -83,6 +68,10 @@ def test_there_is_nothing_to_name_where_both_agree(policy, previous, sampling) -
     assert found.differing.names == () and found.differing.compared > 50
     assert said.numbers["drawing_and_reading"] <= NOTHING
     assert "no gap" in said.line
+
+
+def test_a_response_that_is_cut_says_so(policy) -> None:
+    support.check_cuts(synced(policy), SamplingParams(1.0, 1.0, tuple(range(2, 20))))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

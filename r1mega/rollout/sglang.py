@@ -215,6 +215,9 @@ class SglangEngine:
 
     @staticmethod
     def _finish(client: Client, reason: dict[str, Any], request: Request, drawn: int) -> Literal["stop", "length"]:
+        # SGLang puts a stop token where a token is outside the vocabulary, and calls that a match of a text; we ask for none.
+        if isinstance(reason.get("matched"), str):
+            raise Unanswered(f"{client.address}: a response broke off after {drawn} tokens: {reason['matched']}")
         if reason["type"] == "stop":
             return "stop"
         if reason["type"] != "length":

@@ -1,6 +1,6 @@
 """The facts that a gap between engine and trainer is explained by, measured on a few of the responses that show it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,7 +93,7 @@ def facts(policy: Policy, engine: Engine, samples: Sequence[Sample], sampling: S
         version=side.version,
         versions=_versions(samples),
         engine_dtype=side.engine_dtype,
-        trainer_dtype=policy.train.dtype,
+        trainer_dtype=policy.train.dtype if policy.train.fp8 == "none" else f"fp8 ({policy.train.fp8})",
         nucleus=nucleus,
         differing=differing,
         differing_previous=differing_previous,
@@ -132,7 +132,7 @@ def _versions(samples: Sequence[Sample]) -> dict[int, int]:
     return found
 
 
-def _rounded(policy: Policy, engine_dtype: str, logprobs: "partial[Tensor]") -> Tensor | None:
+def _rounded(policy: Policy, engine_dtype: str, logprobs: Callable[[], Tensor]) -> Tensor | None:
     """What the trainer makes of its own weights in the engine's dtype; None where they have that precision already."""
     if torch.finfo(getattr(torch, engine_dtype)).eps <= torch.finfo(getattr(torch, policy.train.dtype)).eps:
         return None

@@ -87,7 +87,8 @@ class Guard:
             return Decision(row, always)
         gap = Gap.joined([measured(self._policy, part.batches, len(part.samples)) for part in parts])
         measures = row | gap.measures()
-        beyond = [limit for limit in self._trust.budget if measures.get(limit.measure, 0.0) > limit.most]
+        # What is no number is within no budget.
+        beyond = [limit for limit in self._trust.budget if not measures.get(limit.measure, 0.0) <= limit.most]
         corrects = always or any(limit.then == "correct" for limit in beyond)
         if self._trust.budget:
             row |= {f"budget/{limit.measure}": measures[limit.measure] for limit in self._trust.budget if limit.measure in measures}
