@@ -19,6 +19,8 @@ from r1mega.data.packing import ROUTED, ROUTING, TokenSequence
 from r1mega.megatron import platform, topology
 from r1mega.megatron.exchange import Exchange
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
+from r1mega.objectives.mismatch import off_policy_sequences
+from r1mega.stages.trust import measured
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.canonical import canonical
 from r1mega.weights.moving import reader_of
@@ -91,7 +93,10 @@ def sequences(count: int = 16, seed: int = 0, vocab: int = 127, even: bool = Fal
         weights = torch.rand(length, generator=generator) / (20 * count)
         weights[: index % 4] = 0
         advantages = torch.randn(length, generator=generator)
-        found.append(TokenSequence(torch.randint(0, vocab, (length,), generator=generator), weights, {"advantages": advantages}))
+        tokens = torch.randint(0, vocab, (length,), generator=generator)
+        # As far from the trainer's as those of a uniform distribution, and further where the advantage is large.
+        extras = {"rollout_logprobs": 0.3 * advantages - math.log(vocab), "sequence": torch.full((length,), index)}
+        found.append(TokenSequence(tokens, weights, {"advantages": advantages, **extras}))
     return found
 
 
@@ -177,9 +182,10 @@ def run(case: Case) -> Outcome:
     given = sequences(even=case.even)
     batches = policy.microbatches(routed(given, arch) if case.replay else given)
     forward = _total_logprob(policy, batches)
+    trust = _trust(policy, batches) if train.dtype == "float32" else {}
     for _ in range(case.steps or 1):
         result = policy.step(batches, objective, 1e-3)
-    scalars = {"forward": forward, "loss": result.loss, "grad_norm": result.grad_norm, **result.sums, **result.peaks}
+    scalars = {"forward": forward, "loss": result.loss, "grad_norm": result.grad_norm, **result.sums, **result.peaks, **trust}
     scalars |= {f"differing {name}": value for name, value in policy.routing_disagreement(batches).items()}
     if case.steps:
         local = {key: weight.detach().clone() for key, weight in policy.weights.items()}
@@ -196,6 +202,18 @@ def _total_logprob(policy: Policy, batches: list[LocalBatch]) -> float:
     total = torch.tensor(sum(values.double().sum().item() for values in found) if counts else 0.0, dtype=torch.float64)
     dist.all_reduce(total)
     return total.item()
+
+
+def _trust(policy: Policy, batches: list[LocalBatch]) -> dict[str, float]:
+    """The gap to made-up log-probs of a rollout, and the tokens that the off-policy sequence mask leaves out."""
+    left_out = torch.zeros((), dtype=torch.float64)
+    for batch, logprobs in zip(batches, policy.logprobs(batches) or [], strict=False):
+        batch.extras["old_logprobs"] = logprobs
+        log_ratio = torch.where(batch.mask, logprobs - batch.extras["rollout_logprobs"], 0.0)
+        advantages, owners = batch.extras["advantages"], batch.extras["sequence"]
+        masked = off_policy_sequences(log_ratio, advantages, batch.mask, owners, 16, 0.1, policy.over_context)
+        left_out += masked.sum() if policy.counts else 0
+    return measured(policy, batches, 16).measures() | {"left_out": policy.total(left_out).item()}
 
 
 def digest(values: Mapping[str, Tensor]) -> str:

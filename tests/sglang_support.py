@@ -14,7 +14,7 @@ from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout import sglang_routing
-from r1mega.rollout.engine import Request, Sample, SamplingParams
+from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
 from r1mega.rollout.sglang_servers import Started, interpreter
@@ -35,11 +35,11 @@ def require() -> None:
 
 
 @contextmanager
-def served(model: Path, folder: Path) -> Iterator[Started]:
+def served(model: Path, folder: Path, dtype: str = "float32") -> Iterator[Started]:
     """A server of its own process group, ready."""
     require()
     told = [sglang_routing.FLAG] if ModelFolder(model).arch.moe else []
-    server = Started(Sglang(start_timeout_s=900, arguments=told), model, "float32", Surroundings("cpu", folder), 0)
+    server = Started(Sglang(start_timeout_s=900, arguments=told), model, dtype, Surroundings("cpu", folder), 0)
     try:
         while not server.ready():
             pass
@@ -107,6 +107,19 @@ def requests(count: int = 12, longest: int = 20, new: int = 16) -> list[Request]
         Request(tuple(torch.randint(3, 128, (length,), generator=generator).tolist()), 2**61 + 7 * index, new)
         for index, length in enumerate(lengths)
     ]
+
+
+def check_cuts(engine: Engine, sampling: SamplingParams) -> None:
+    """A response that is cut says so, and only that: a stop token in the last place allowed is a stop, one token less is not."""
+    whole = [(one, request) for one, request in zip(engine.generate(requests(), sampling), requests(), strict=True) if one.finish == "stop"]
+    whole = [(one, request) for one, request in whole if len(one.response_ids) > 1]
+    assert whole, "no response stops; the test looks at nothing"
+    exact = engine.generate([replace(request, max_new_tokens=len(one.response_ids)) for one, request in whole], sampling)
+    short = engine.generate([replace(request, max_new_tokens=len(one.response_ids) - 1) for one, request in whole], sampling)
+    for (one, _), last, cut in zip(whole, exact, short, strict=True):
+        assert (last.finish, last.response_ids) == ("stop", one.response_ids)
+        assert (cut.finish, cut.response_ids) == ("length", one.response_ids[:-1])
+        assert len(cut.logprobs) == len(cut.response_ids)
 
 
 def same(found: list[Sample], expected: list[Sample]) -> bool:

@@ -14,21 +14,28 @@ import sglang_support as support
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from attribution_support import NOW, PLAIN, looked_at
 from megatron_support import cpu_platform
 from routing_support import chosen
 from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
+from r1mega.config.layout import Layout
+from r1mega.config.training import Optimizer, Train
 from r1mega.errors import UserError
+from r1mega.megatron.policy import Policy
+from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
 from r1mega.rollout.local import LocalEngine
+from r1mega.rollout.sglang import SglangEngine
 from r1mega.rollout.sglang_servers import Started
 from r1mega.rollout.sglang_sync import checksum
+from r1mega.weights.moving import reader_of
 from r1mega.weights.shipping import tensors
+from r1mega.weights.source import Mapped
 from r1mega.weights.wire import Wire
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
-PLAIN = SamplingParams(stop_token_ids=(2,))
 
 
 @pytest.fixture(scope="module", params=support.MODELS)
@@ -92,6 +99,11 @@ def test_recorded_experts_are_those_of_the_model(served, joined, tmp_path):
     experts = torch.cat([sample.routing.flatten() for sample in samples]).unique()
     print(f"{sum(len(one.prompt_ids) for one in fed)} tokens went through {len(experts)} experts, on both engines and in transformers")
     assert all(one.routing is None for one in engine.generate(support.requests(2), PLAIN))
+
+
+def test_a_response_that_is_cut_says_so(joined):
+    engine, _ = joined
+    support.check_cuts(engine, SamplingParams(1.0, 1.0, tuple(range(2, 20))))
 
 
 def test_a_seed_alone_decides_what_is_drawn(joined):
@@ -263,3 +275,54 @@ def test_the_key_is_in_no_log_and_no_list_of_processes(served):
     assert server.client.key not in repr(server.client)
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not [command for command in commands if server.client.key.encode() in command]
+
+
+# ---------------------------------------------------------------- what a server did is named
+
+ALTERED = {"base": "model.layers.1.mlp.experts.3.down_proj.weight", "student": "model.layers.1.mlp.down_proj.weight"}
+HELD_IN = {"base": "model.layers.1.mlp.experts.w2_weight", "student": "model.layers.1.mlp.down_proj.weight"}
+
+
+def trainer(model: Path) -> Policy:
+    built = Policy(ModelFolder(model).arch, Layout(), Train(chunk_tokens=512), Optimizer(lr=1e-3))
+    built.exchange.load(reader_of(support.weights(model, 0)))
+    return built
+
+
+def test_what_a_server_was_done_to_is_named(served, tmp_path):
+    server, model = served
+    policy = trainer(model)
+    earlier = {name: value + 0.01 * torch.randn(value.shape) for name, value in support.weights(model, 0).items()}
+    policy.exchange.load(reader_of(earlier))
+    previous = policy.host_copy()
+    policy.exchange.load(reader_of(support.weights(model, 0)))
+    with support.engine(server, model, tmp_path) as engine:
+        engine.sync(policy.exchange, version=NOW)
+        _, right = looked_at(policy, engine, PLAIN, previous=previous)
+        assert right.causes == [] and right.numbers["tensors_differing"] == 0
+        found, tempered = looked_at(policy, engine, PLAIN, SamplingParams(0.7, 1.0, (2,)), previous=previous)
+        assert [cause.name for cause in tempered.causes] == ["sampling"]
+        assert found.fitted_temperature == pytest.approx(0.7, rel=0.01)
+
+        alter(engine, policy, ALTERED[model.name])
+        found, altered = looked_at(policy, engine, PLAIN, previous=previous)
+        assert [cause.name for cause in altered.causes] == ["weights"]
+        assert found.differing.names == (HELD_IN[model.name],)
+
+        engine.sync(Mapped(policy.exchange.arch, earlier), version=NOW)
+        _, stale = looked_at(policy, engine, PLAIN, previous=previous)
+        assert [cause.name for cause in stale.causes] == ["version"]
+        assert "those of the sync before" in stale.line
+
+
+def alter(engine: SglangEngine, policy: Policy, name: str) -> None:
+    """Change one tensor on the server, through the calls of a sync."""
+    engine._control.pause()
+    engine._transport.begin()
+    for bucket, flat in policy.exchange.buckets(engine._wire, 1, None, 0):
+        held = dict(tensors(bucket, flat))
+        if name in held:
+            held[name] += 0.5
+            engine._transport.send(bucket, flat)
+    engine._transport.end()
+    engine._control.resume(NOW)

@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from r1mega.rollout.sglang import _Pool
+from r1mega.errors import UserError
+from r1mega.rollout.engine import Request
+from r1mega.rollout.sglang import SglangEngine, _Pool
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 
 
@@ -123,3 +125,19 @@ def test_a_call_that_fails_goes_elsewhere_and_gives_up_in_the_end():
         pool.submit(call).result()
     assert len(asked) == 4
     pool.close()
+
+
+def test_how_a_response_ended_is_taken_from_no_text():
+    client, request = Client("http://a"), Request((5, 6), 1, 8)
+
+    def finish(drawn: int, **reason: object) -> str:
+        return SglangEngine._finish(client, reason, request, drawn)
+
+    assert finish(3, type="stop", matched=2) == "stop"
+    assert finish(8, type="length", length=8) == "length"
+    with pytest.raises(Unanswered, match="broke off after 3 tokens: NaN happened"):
+        finish(3, type="stop", matched="NaN happened")
+    with pytest.raises(Unanswered, match="abort"):
+        finish(3, type="abort", message="gone")
+    with pytest.raises(UserError, match="cut a response after 3 of 8 tokens"):
+        finish(3, type="length", length=3)

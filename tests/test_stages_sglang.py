@@ -1,4 +1,4 @@
-"""R1-Zero's tiny recipe with SGLang servers of its own, as a user runs it."""
+"""R1-Zero's tiny recipe with SGLang servers of its own, as a user runs it; and a server of another precision than its trainer."""
 
 import json
 import subprocess
@@ -8,6 +8,16 @@ from pathlib import Path
 import psutil
 import pytest
 import sglang_support as support
+from attribution_support import NOW, PLAIN, looked_at
+from megatron_support import cpu_platform
+
+from r1mega.config.layout import Layout
+from r1mega.config.training import Optimizer, Train
+from r1mega.megatron.policy import Policy
+from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.rollout.open import Surroundings
+from r1mega.rollout.sglang import SglangEngine
+from r1mega.weights.moving import reader_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,3 +58,20 @@ def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
     assert "Weight version changed" in log.read_text(errors="replace"), "one server drew for both stages and all models"
     running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in running if str(tmp_path) in " ".join(command)]
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_a_bf16_server_is_named_as_precision(tmp_path, monkeypatch):
+    model = support.MODELS["deepseek"]
+    with support.served(model, tmp_path, "bfloat16") as server, cpu_platform():
+        monkeypatch.setenv(support.KEY, server.client.key)
+        settings = support.settings(server).model_copy(update={"dtype": "bfloat16"})
+        policy = Policy(ModelFolder(model).arch, Layout(), Train(chunk_tokens=512), Optimizer(lr=1e-3))
+        policy.exchange.load(reader_of(support.weights(model, 0)))
+        engine = SglangEngine(settings, model, Surroundings("cpu", tmp_path))
+        engine.sync(policy.exchange, version=NOW)
+        found, said = looked_at(policy, engine, PLAIN, engine_dtype="bfloat16")
+        engine.close()
+    assert [cause.name for cause in said.causes] == ["precision"]
+    assert found.differing.names == () and said.gap > 1e-3

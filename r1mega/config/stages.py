@@ -22,6 +22,7 @@ from r1mega.config.layout import Layout
 from r1mega.config.prompts import PromptSet
 from r1mega.config.rollout import Reward, Sampling
 from r1mega.config.training import GrpoObjective, Optimizer, PretrainTrain, Train
+from r1mega.config.trust import Trust
 
 
 class StageBase(Closed):
@@ -112,6 +113,7 @@ class Grpo(StageBase):
     reference_refresh: int = Field(400, ge=0, description="updates after which the reference becomes the current policy; 0: never")
     sampling: Sampling = Sampling()
     objective: GrpoObjective = GrpoObjective()
+    trust: Trust = Trust()
     optimizer: Optimizer
     train: Train = Train()
     evaluation: Evaluation | None = None
@@ -140,6 +142,15 @@ class Grpo(StageBase):
     def _samples(self) -> "Grpo":
         if smallest(self.sampling.temperature) <= 0:
             raise ValueError("sampling.temperature must be above 0: greedy responses are all alike, so there is nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_can_correct(self) -> "Grpo":
+        asked = any(limit.then == "correct" for limit in self.trust.budget)
+        if asked and self.objective.mismatch.when != "over_budget":
+            raise ValueError("trust.budget asks to correct: set objective.mismatch.when to over_budget, and what corrects")
+        if not asked and self.objective.mismatch.when == "over_budget":
+            raise ValueError("objective.mismatch.when is over_budget, and no limit of trust.budget has `then: correct`")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,41 @@ from pydantic import Field, model_validator
 from r1mega.config.base import Closed, NonNegativeSchedule, PositiveSchedule
 
 
+class Mismatch(Closed):
+    """Corrections of the policy's loss for tokens that the engine drew with other probabilities than the trainer gives them."""
+
+    weights: Literal["none", "tis", "icepop"] = Field(
+        "none",
+        description="factor of each token's loss, by its ratio r = pi_trainer / pi_rollout; tis: min(r, cap); "
+        "icepop: r inside [low, high], else 0; none: 1",
+    )
+    cap: float = Field(2.0, gt=0, description="C of tis")
+    low: float = Field(0.5, gt=0, description="smallest ratio that icepop keeps")
+    high: float = Field(2.0, gt=0, description="largest ratio that icepop keeps")
+    sequence_mask: float | None = Field(
+        None,
+        ge=0,
+        description="delta of DeepSeek-V3.2's off-policy sequence mask: a response with a negative advantage is left out when the mean of "
+        "log(pi_rollout / pi) over its tokens is larger; null: none is",
+    )
+    when: Literal["always", "over_budget"] = Field(
+        "always", description="over_budget: only for rollouts that exceed a limit of trust.budget with `then: correct`"
+    )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether there is a correction at all."""
+        return self.weights != "none" or self.sequence_mask is not None
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "Mismatch":
+        if self.low > self.high:
+            raise ValueError(f"low={self.low:g} is above high={self.high:g}: no ratio lies between them")
+        if self.when == "over_budget" and not self.corrects:
+            raise ValueError("when 'over_budget' needs a correction: set weights or sequence_mask")
+        return self
+
+
 class GrpoObjective(Closed):
     """Group-relative policy optimisation and its published variants (DeepSeekMath, DeepSeek-R1, Dr.GRPO, DAPO)."""
 
@@ -23,6 +58,7 @@ class GrpoObjective(Closed):
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (Dr.GRPO: false)")
     mask_truncated: bool = Field(False, description="leave responses that hit the length cap out of the loss (DAPO)")
     drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal (DAPO's dynamic sampling)")
+    mismatch: Mismatch = Field(default_factory=Mismatch, description="corrections for the gap between engine and trainer")
 
     @model_validator(mode="after")
     def _constant_needs_its_length(self) -> "GrpoObjective":

@@ -462,18 +462,38 @@ class Policy:
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.item()
 
-    def _over_ranks(self, scalars: Mapping[str, Tensor], op: Any) -> dict[str, float]:
-        """Scalars of the last stage's micro-batches, reduced over data and context parallelism and known to every rank.
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank knows of its tokens is to be counted: on the last stage, where all tensor-parallel ranks know the same."""
+        return self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
-        Tensor-parallel ranks hold the same scalars, so only the first of them counts.
-        """
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over all ranks of what those that `counts` have; the others bring zeros of the same shape."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def highest(self, values: Tensor) -> Tensor:
+        """The largest over all ranks, as `total`; ranks that do not count bring -inf."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def over_context(self, values: Tensor) -> Tensor:
+        """Sums over the ranks that sequences are cut over."""
+        group = parallel_state.get_context_parallel_group()
+        if group.size() > 1:
+            dist.all_reduce(values, group=group)
+        return values
+
+    def _reduced(self, values: Tensor, op: Any) -> Tensor:
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values, op=op)
+        return values
+
+    def _over_ranks(self, scalars: Mapping[str, Tensor], op: Any) -> dict[str, float]:
+        """Scalars of the last stage's micro-batches, reduced over data and context parallelism and known to every rank."""
         names: list[Any] = [sorted(scalars) if self.is_last_stage else None]
         dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
-        counts = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
         neutral = 0.0 if op == dist.ReduceOp.SUM else -math.inf
-        flat = torch.tensor([float(scalars[name]) if counts else neutral for name in names[0]], dtype=torch.float64, device=self.device)
-        dist.all_reduce(flat, op=op)
-        return dict(zip(names[0], flat.tolist(), strict=True))
+        flat = torch.tensor([float(scalars[name]) if self.counts else neutral for name in names[0]], dtype=torch.float64)
+        return dict(zip(names[0], self._reduced(flat, op).tolist(), strict=True))
 
 
 def _finished(batch: LocalBatch, finish: Callable[[Tensor, LocalBatch], tuple[Tensor, dict[str, Any]]], hidden: Tensor) -> Any:

@@ -21,7 +21,7 @@ class PolicyLoss:
     """Per-token terms of the objective, each [T]. Only `loss` carries a gradient."""
 
     loss: Tensor
-    """l_t = -min(r_t A_t, clip(r_t) A_t) + kl_coef * kl_t, before weighting; 0 outside the mask."""
+    """l_t = -c_t min(r_t A_t, clip(r_t) A_t) + kl_coef * kl_t, before weighting; 0 outside the mask. c_t is the correction, or 1."""
     ratio: Tensor
     """r_t = pi(o_t) / pi_old(o_t); 1 outside the mask."""
     clipped: Tensor
@@ -108,6 +108,7 @@ def policy_loss(
     mask: Tensor,
     objective: GrpoObjective,
     update: int = 0,
+    correction: Tensor | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate plus a KL to the reference, per token (arXiv 2402.03300, Eq. 3; DeepSeek-R1, arXiv 2501.12948, Eq. 1).
 
@@ -115,7 +116,7 @@ def policy_loss(
     rollout was drawn from; None stands for `logprobs` themselves, right for the first update after a rollout (the ratio is 1, its gradient
     that of log pi). `ref_logprobs` may be None only with kl_coef 0. `mask` [T] bool: tokens that are trained on. Elsewhere (prompt,
     padding) the other tensors may hold any finite value: loss and gradient are exactly 0 there. What `objective` says as a schedule
-    is taken at `update`.
+    is taken at `update`. `correction` [T] are factors of the surrogate, without gradient (`objectives.mismatch`); the KL has none.
     """
     kl_coef = at(objective.kl_coef, update)
     if ref_logprobs is None and kl_coef > 0:
@@ -127,6 +128,8 @@ def policy_loss(
     high = low if objective.clip_high is None else at(objective.clip_high, update)
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if correction is not None:
+        loss = torch.where(mask, correction, 0.0) * loss
     kl = torch.zeros_like(loss)
     if ref_logprobs is not None:
         kl = kl_estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), objective.kl_estimator)

@@ -108,6 +108,16 @@ class Scores:
     """float32 [n, k]."""
 
 
+@dataclass(frozen=True)
+class Differences:
+    """What of an engine's weights is not as it should be."""
+
+    names: tuple[str, ...]
+    """Parameters that differ in any bit, by the engine's own names."""
+    compared: int
+    """How many were compared."""
+
+
 class Engine(Protocol):
     """Anything that turns token ids into token ids.
 
@@ -144,6 +154,9 @@ class Engine(Protocol):
 
         It takes that of the weights again with the sync, the rest when it is asked for something.
         """
+
+    def differing(self, source: WeightSource) -> Differences | None:
+        """Hold what the engine has against a source, in the engine's dtype; nothing is changed. None where it cannot tell."""
 
     def close(self) -> None:
         """Free what the engine holds."""

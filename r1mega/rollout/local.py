@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from r1mega.errors import UserError
 from r1mega.rollout.cache import Decode, Pass, Prefill, RowCache
-from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
+from r1mega.rollout.engine import Differences, Request, Sample, SamplingParams, Scores, Scoring
 from r1mega.rollout.hf import build, sparse_layers, weight_places
 from r1mega.rollout.limits import check_requests
 from r1mega.rollout.routing import check_routing, compact
@@ -100,6 +100,12 @@ class LocalEngine:
     def sleep(self) -> None:
         """Forget which weights the model has; see `Engine.sleep`."""
         self._version = None
+
+    def differing(self, source: WeightSource) -> Differences:
+        """Compare every tensor with the source's. A rank looks at its own engine."""
+        places = self._places
+        given = [(places[name], name, tensor) for name, tensor in source.tensors(self._model.dtype) if name in places]
+        return Differences(tuple(name for place, name, tensor in given if not torch.equal(place, tensor.to(place.dtype))), len(given))
 
     def close(self) -> None:
         """Free the model; the engine is of no use afterwards."""

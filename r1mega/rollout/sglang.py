@@ -21,7 +21,7 @@ from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline import ranks
 from r1mega.rollout import sglang_routing
-from r1mega.rollout.engine import Request, Sample, SamplingParams, Scores, Scoring
+from r1mega.rollout.engine import Differences, Request, Sample, SamplingParams, Scores, Scoring
 from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.routing import check_routing
@@ -112,7 +112,8 @@ class SglangEngine:
             return errors[0]
         error = ranks.shared(lambda: _failure(transport.end))
         if error is None and self._sglang.checksums == "all" and self._where.platform == "cpu":
-            error = self._differing(source)
+            wanted = self._checksums(source)
+            error = ranks.shared(lambda: _failure(lambda: self._control.compare(wanted)))
         return error or ranks.shared(lambda: _failure(lambda: control.resume(version)))
 
     def _sent(self, source: WeightSource) -> str | None:
@@ -129,8 +130,21 @@ class SglangEngine:
     def _send(self, bucket: Bucket, flat: Tensor) -> str | None:
         return _failure(lambda: self._transport.send(bucket, flat))
 
-    def _differing(self, source: WeightSource) -> str | None:
-        """Parameters of servers whose bytes are not those of the source, which is asked for them in the servers' own layout."""
+    def differing(self, source: WeightSource) -> Differences | None:
+        """Compare checksums of all parameters of all servers; None on GPUs, where SGLang hashes with another function."""
+        if self._where.platform != "cpu":
+            return None
+        wanted, found = self._checksums(source), dict[str, Differences]()
+        error = ranks.shared(lambda: _failure(lambda: found.update(self._control.differing(wanted))))
+        if error is not None:
+            _log.warning("weights were not compared: %s", error)
+            return None
+        places = ranks.shared(lambda: list(found.values()))
+        names = dict.fromkeys(name for place in places for name in place.names)
+        return Differences(tuple(names), sum(place.compared for place in places))
+
+    def _checksums(self, source: WeightSource) -> list[dict[str, str]]:
+        """On rank 0, the checksum of every parameter of each rank of a server, made of the source in the servers' own layout."""
         wanted: list[dict[str, str]] = []
         for engine_rank in range(self._layout.tp):
             sums: dict[str, str] = {}
@@ -138,7 +152,7 @@ class SglangEngine:
                 if flat is not None:
                     sums |= {name: checksum(value) for name, value in tensors(bucket, flat)}
             wanted.append(sums)
-        return ranks.shared(lambda: _failure(lambda: self._control.compare(wanted)))
+        return wanted
 
     def _revive(self) -> str:
         """Replace servers that are lost; what became of these, or nothing."""
@@ -228,6 +242,9 @@ class SglangEngine:
 
     @staticmethod
     def _finish(client: Client, reason: dict[str, Any], request: Request, drawn: int) -> Literal["stop", "length"]:
+        # SGLang puts a stop token where a token is outside the vocabulary, and calls that a match of a text; we ask for none.
+        if isinstance(reason.get("matched"), str):
+            raise Unanswered(f"{client.address}: a response broke off after {drawn} tokens: {reason['matched']}")
         if reason["type"] == "stop":
             return "stop"
         if reason["type"] != "length":

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from r1mega.rollout.engine import Differences
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.weights.shipping import tensors
 from r1mega.weights.sync import Bucket
@@ -65,16 +66,23 @@ class Control:
         """Close the session: the engine derives what it derives from weights."""
         self.post("/end_weight_update", {})
 
-    def compare(self, wanted: Sequence[Mapping[str, str]]) -> None:
-        """Hold the checksum of every parameter of every server against `wanted`, by rank of a server. Failed names those that differ."""
+    def differing(self, wanted: Sequence[Mapping[str, str]]) -> dict[str, Differences]:
+        """What of every server is not as wanted: checksums of parameters by rank of a server. By place, for all of them."""
+        places = {}
         for client, answer in zip(self.clients, self.post("/weights_checker", {"action": "checksum"}), strict=True):
             for rank, (sums, found) in enumerate(zip(wanted, answer["ranks"], strict=True)):
                 got = found["checksums"]
-                wrong = sorted(name for name in sums.keys() | got.keys() if sums.get(name) != got.get(name))
-                if wrong:
-                    where = f"{client.address}, rank {rank}" if len(wanted) > 1 else client.address
-                    more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-                    raise Failed(f"{where}: after the sync {', '.join(wrong[:4])}{more} are not the trainer's ({len(got)} compared)")
+                wrong = tuple(sorted(name for name in sums.keys() | got.keys() if sums.get(name) != got.get(name)))
+                where = f"{client.address}, rank {rank}" if len(wanted) > 1 else client.address
+                places[where] = Differences(wrong, len(got))
+        return places
+
+    def compare(self, wanted: Sequence[Mapping[str, str]]) -> None:
+        """Failed, with the names of parameters that are not as wanted; see `differing`."""
+        for where, found in self.differing(wanted).items():
+            if wrong := found.names:
+                more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+                raise Failed(f"{where}: after the sync {', '.join(wrong[:4])}{more} are not the trainer's ({found.compared} compared)")
 
     def resume(self, version: int) -> None:
         """Serve the new weights under their version."""

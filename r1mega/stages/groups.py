@@ -80,6 +80,11 @@ class Groups:
         self._groups = [group for group in self._groups if not any(group is other for other in taken)]
         return taken
 
+    def sampling(self, update: int) -> SamplingParams:
+        """How tokens are drawn at an update."""
+        sampling = self._stage.sampling
+        return SamplingParams(at(sampling.temperature, update), at(sampling.top_p, update), self._stop, self._routing)
+
     def skip(self, update: int) -> None:
         """Pass over a rollout whose groups an earlier start of the run has trained on. Those after it come as they would have."""
         self._new(update)
@@ -105,12 +110,10 @@ class Groups:
 
     def _begun(self, engine: Engine, update: int) -> Callable[[], None]:
         """A round: each rank asks for its share of the unfinished groups. What is returned waits for it and keeps what was drawn."""
-        stage = self._stage
-        sampling = SamplingParams(at(stage.sampling.temperature, update), at(stage.sampling.top_p, update), self._stop, self._routing)
         groups = [group for group in self._groups if group.going_on]
         asked = [[self._request(group, place, update) for place in group.going_on] for group in groups]
         mine = ranks.dealt(asked)
-        wait = engine.start([request for requests in mine for request in requests], sampling)
+        wait = engine.start([request for requests in mine for request in requests], self.sampling(update))
 
         def keep() -> None:
             drawn = iter(wait())

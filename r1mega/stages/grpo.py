@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from torch import Tensor
 
 from r1mega.config.base import at, largest
 from r1mega.config.stages import Grpo, PromptShare
-from r1mega.config.training import GrpoObjective
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode
 from r1mega.errors import UserError
 from r1mega.megatron.checkpoint import Checkpoints
-from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, TokenLoss
+from r1mega.megatron.policy import LocalBatch, NotFinite, Policy
 from r1mega.megatron.reward_model import RewardModel
-from r1mega.objectives.grpo import policy_loss
 from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
@@ -34,10 +31,12 @@ from r1mega.stages.benchmark import Benchmark
 from r1mega.stages.engines import opened
 from r1mega.stages.evaluate import flat
 from r1mega.stages.groups import Groups, leaves_nothing
+from r1mega.stages.grpo_loss import GrpoLoss, loss_metrics
 from r1mega.stages.minibatch import DrawnBy, Judgement, Minibatch, Rollout
 from r1mega.stages.schedule import crossed, learning_rate
 from r1mega.stages.scoring import Scorer
 from r1mega.stages.training import export, restore
+from r1mega.stages.trust import Decision, Guard, Part, measured
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -84,6 +83,7 @@ class GrpoLoop:
         rewarding = {name: RewardModel(policy, ctx.reward_model_dir(reward.model)) for name, reward in stage.reward_models.items()}
         self.scorer = stack.enter_context(Scorer(stage, ctx.recipe.run.judges, rewarding, model.tokenizer))
         self.reference = policy.host_copy() if largest(stage.objective.kl_coef) > 0 else None
+        self.guard = Guard(ctx, stage, policy, self.engine, [one for questions in self.questions.values() for one in questions])
         self.checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.last_metrics: dict[str, Any] = {}
@@ -102,23 +102,36 @@ class GrpoLoop:
         with _timed(rollout.seconds, "logprobs"):
             batches = [self.policy.microbatches(minibatch.sequences) for minibatch in minibatches]
             self._add_logprobs(batches, temperature, rollout.drawn_by)
+        trusted = self._trusted(update, [Part(minibatch.samples, local) for minibatch, local in zip(minibatches, batches, strict=True)])
         for index, (minibatch, local) in enumerate(zip(minibatches, batches, strict=True)):
-            rate = learning_rate(stage.optimizer, update + index, stage.updates)
             begin = time.perf_counter()
-            # The weights that drew an answer met it in the pass for its old log-probs, or do in the step of the first minibatch.
-            met = index > 0 or rollout.drawn_by is not None
-            routing = self.policy.routing_disagreement(local) if met else {}
-            try:
-                step = self.policy.step(local, _Loss(stage.objective, update + index), rate, temperature)
-            except NotFinite as error:
-                raise self._stopped(minibatch, update + index, error) from None
+            known = index > 0 or self._asks_ahead(rollout.drawn_by)
+            self.last_metrics = self._train(minibatch, local, update + index, trusted.corrects, known)
             seconds = rollout.seconds | {"train": time.perf_counter() - begin}
             rollout.seconds = {}
-            self.last_metrics = minibatch.metrics(stage.difficulty) | _loss_metrics(step.sums, step.peaks)
-            routing = routing or self.policy.routing_disagreement(local)
-            self.last_metrics |= {f"routing_gap/{name}": value for name, value in routing.items()}
-            self.last_metrics |= self._age(minibatch, update + index) | {"lr": rate, "grad_norm": step.grad_norm}
-            yield {"update": update + index + 1, **self.last_metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
+            row = self.last_metrics | (trusted.row if index == 0 else {})
+            yield {"update": update + index + 1, **row, **{f"seconds/{name}": value for name, value in seconds.items()}}
+
+    def _train(self, minibatch: Minibatch, local: list[LocalBatch], update: int, corrects: bool, known: bool) -> dict[str, Any]:
+        """One optimizer step and what there is to say of it. `known`: whether `local` has the old log-probs already."""
+        stage, count = self.stage, len(minibatch.sequences)
+        rate = learning_rate(stage.optimizer, update, stage.updates)
+        # The weights that drew an answer met it in the pass for its old log-probs, where there was one, or do in this step.
+        routing = self.policy.routing_disagreement(local) if known else {}
+        try:
+            loss = GrpoLoss(stage.objective, update, corrects, count, self.policy.over_context)
+            step = self.policy.step(local, loss, rate, at(stage.sampling.temperature, update))
+        except NotFinite as error:
+            raise self._stopped(minibatch, update, error) from None
+        routing = routing or self.policy.routing_disagreement(local)
+        return (
+            minibatch.metrics(stage.difficulty)
+            | loss_metrics(step.sums, step.peaks)
+            | measured(self.policy, local, count).measures()
+            | {f"routing_gap/{name}": value for name, value in routing.items()}
+            | self._age(minibatch, update)
+            | {"lr": rate, "grad_norm": step.grad_norm}
+        )
 
     def _roll_out(self, update: int) -> Rollout:
         """The answers that the updates from `update` on train on; with staleness, the next ones are being drawn when this returns."""
@@ -164,18 +177,34 @@ class GrpoLoop:
             self.engine.sleep()
             self._served = DrawnBy(-1)
 
+    def _trusted(self, update: int, parts: Sequence[Part]) -> Decision:
+        """Hold the rollout against the mismatch budget. UserError, the state saved and nothing trained on, where that says stop."""
+        found = self.guard.hold(update, parts, self.groups.sampling(update))
+        if found.stop is not None:
+            self.ctx.metrics.write({"update": update + 1, **found.row})
+            # Between two checkpoints that were planned for, responses may be under way that a checkpoint does not hold.
+            if not (self.stage.partial or self.stage.staleness):
+                self.save(update)
+                self.checkpoints.wait()
+            raise UserError(
+                f"stage {self.ctx.name}, update {update + 1}: {found.stop}; nothing was trained on this rollout, and the same command "
+                f"goes on from {self.ctx.dir / 'checkpoints'}"
+            )
+        return found
+
     def _sync(self, version: int) -> None:
         """Give the engine, which is idle, the policy's current weights."""
         if self._served.version == version:
             return
-        if self.stage.staleness or self.engine.colocated:
-            # While the engine draws, the policy moves on or is not there: a lost server and the old log-probs need the weights as they are.
-            weights = self.policy.host_copy()
-            self.engine.sync(self.policy.exchange.over(weights), version)
-            self._served = DrawnBy(version, weights)
-        else:
-            self.engine.sync(self.policy.exchange, version)
-            self._served = DrawnBy(version)
+        with self.guard.syncing():
+            if self.stage.staleness or self.engine.colocated:
+                # While the engine draws, the policy moves on or is not there: a lost server and the old log-probs need these weights.
+                weights = self.policy.host_copy()
+                self.engine.sync(self.policy.exchange.over(weights), version)
+                self._served = DrawnBy(version, weights)
+            else:
+                self.engine.sync(self.policy.exchange, version)
+                self._served = DrawnBy(version)
 
     def _age(self, minibatch: Minibatch, update: int) -> dict[str, float]:
         """How far the weights have moved since they drew; nothing where every rollout is drawn by the weights that it trains."""
@@ -189,15 +218,19 @@ class GrpoLoop:
                 f"{self.stage.not_judged_limit:g}; first reason: {judgement.reasons[0]}"
             )
 
+    def _asks_ahead(self, drawn_by: DrawnBy | None) -> bool:
+        """Whether a rollout's first minibatch needs its old log-probs before it is trained on."""
+        return drawn_by is not None or self.guard.asks_ahead
+
     def _add_logprobs(self, batches: Sequence[Sequence[LocalBatch]], temperature: float, drawn_by: DrawnBy | None) -> None:
         """Reference log-probs of every micro-batch, and those of the policy that drew it, before the first of its minibatches moves it.
 
         Where the weights as they are drew everything, the first minibatch is trained on with these: its old log-probs are those of the
-        training forward. Otherwise they come from the weights that drew the rollout, and for tokens of versions before, whose weights
-        are gone, from the engine, which recorded them as it drew.
+        training forward, unless the mismatch budget asks for them ahead. Otherwise they come from the weights that drew the rollout, and
+        for tokens of versions before, whose weights are gone, from the engine, which recorded them as it drew.
         """
         everything = [batch for local in batches for batch in local]
-        later = [batch for local in batches[1:] for batch in local] if drawn_by is None else everything
+        later = [batch for local in batches[0 if self._asks_ahead(drawn_by) else 1 :] for batch in local]
         if later:
             weights = drawn_by.weights if drawn_by else None
             with self.policy.holding(weights) if weights is not None else nullcontext():
@@ -261,42 +294,6 @@ def _questions(prompts: PromptShare, model: ModelFolder, room: int) -> list[Ques
     found = ranks.shared(lambda: load_prompts(prompts, Path()))
     encoded = encode(found, prompts.template, model.tokenizer, room)
     return [Question(prompt, ids) for prompt, ids in zip(found, encoded, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """The GRPO objective on one micro-batch of an update, and what is worth knowing about it."""
-
-    objective: GrpoObjective
-    update: int
-
-    def __call__(self, logprobs: Tensor, entropies: Tensor, batch: LocalBatch) -> TokenLoss:
-        mask, extras = batch.mask, batch.extras
-        old = extras.get("old_logprobs")
-        terms = policy_loss(logprobs, old, extras.get("ref_logprobs"), extras["advantages"], mask, self.objective, self.update)
-        gap = torch.where(mask, (logprobs.detach() if old is None else old) - extras["rollout_logprobs"], 0.0).abs()
-        return TokenLoss(
-            loss=terms.loss,
-            sums={
-                "tokens": mask.sum(),
-                "kl": terms.kl.sum(),
-                "clipped": terms.clipped.sum(),
-                "entropy": (entropies * mask).sum(),
-                "rollout_gap": gap.sum(),
-            },
-            peaks={"rollout_gap": gap.max(), "ratio": torch.where(mask, terms.ratio, 1.0).max()},
-        )
-
-
-def _loss_metrics(sums: dict[str, float], peaks: dict[str, float]) -> dict[str, float]:
-    tokens = max(sums["tokens"], 1.0)
-    means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "loss", "mtp_loss")}
-    found = {"kl": means["kl"], "clip_fraction": means["clipped"], "entropy": means["entropy"]}
-    return (
-        found
-        | {"tokens": sums["tokens"], "rollout_gap/mean": means["rollout_gap"]}
-        | {f"{name}/max": value for name, value in peaks.items()}
-    )
 
 
 def _add(name: str, batches: Sequence[LocalBatch], values: Sequence[Tensor] | None) -> None:

@@ -69,14 +69,16 @@ class Minibatch:
         judged = ~self.rewards.isnan()
         self.advantages = group_advantages(self.rewards, judged, objective.normalize_std).flatten()
         self.uniform = uniform_groups(self.rewards, judged)
-        samples = [response.sample for response in self.responses]
-        self.lengths = torch.tensor([len(sample.response_ids) for sample in samples])
-        self.truncated = torch.tensor([sample.finish == "length" for sample in samples])
+        self.samples = [response.sample for response in self.responses]
+        self.lengths = torch.tensor([len(sample.response_ids) for sample in self.samples])
+        self.truncated = torch.tensor([sample.finish == "length" for sample in self.samples])
         weights = token_weights(self.lengths, self.truncated, self.uniform.repeat_interleave(self.rewards.shape[1]), objective)
-        self.sequences = [_sequence(r, float(w), float(a)) for r, w, a in zip(self.responses, weights, self.advantages, strict=True)]
+        self.sequences = [
+            _sequence(index, *parts) for index, parts in enumerate(zip(self.responses, weights, self.advantages, strict=True))
+        ]
         if rollout.drawn_by is not None:
             version = rollout.drawn_by.version
-            self.sequences = [_marked(one, sample, version) for one, sample in zip(self.sequences, samples, strict=True)]
+            self.sequences = [_marked(one, sample, version) for one, sample in zip(self.sequences, self.samples, strict=True)]
 
     def metrics(self, difficulty: str) -> dict[str, float]:
         """What the rollout alone says: rewards, lengths, measures (all, correct and wrong), pass rates, truncation, uniform groups."""
@@ -140,14 +142,15 @@ def _rows_by(names: Sequence[Any]) -> Iterator[tuple[Any, list[int]]]:
             yield name, [row for row, other in enumerate(names) if other == name]
 
 
-def _sequence(response: Response, weight: float, advantage: float) -> TokenSequence:
+def _sequence(index: int, response: Response, weight: Tensor, advantage: Tensor) -> TokenSequence:
     sample = response.sample
     prompt = len(sample.prompt_ids)
     weights, advantages, logprobs = values = torch.zeros(3, prompt + len(sample.response_ids))
-    values[:2, prompt:] = torch.tensor([[weight], [advantage]])
+    values[:2, prompt:] = torch.stack([weight, advantage])[:, None]
     logprobs[prompt:] = torch.tensor(sample.logprobs)
     tokens = torch.tensor(sample.prompt_ids + sample.response_ids)
-    return TokenSequence(tokens, weights, {"advantages": advantages, "rollout_logprobs": logprobs} | _routing(sample))
+    extras = {"advantages": advantages, "rollout_logprobs": logprobs, "sequence": torch.full_like(tokens, index)}
+    return TokenSequence(tokens, weights, extras | _routing(sample))
 
 
 def _routing(sample: Sample) -> dict[str, Tensor]:

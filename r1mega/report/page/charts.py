@@ -68,7 +68,10 @@ SECTIONS = (LEARNS, MOVES, OPTIMISES, MACHINE)
 PANELS = (
     Panel(MACHINE, "Seconds", _starts("seconds/")),
     Panel(MACHINE, "Tokens", _starts("tokens")),
-    Panel(MACHINE, "Engine against trainer, log-probs", _starts("rollout_gap")),
+    Panel(MACHINE, "Engine against trainer, log-probs", _starts("rollout_gap", "probe_gap")),
+    Panel(MACHINE, "Engine against trainer, ratio", _starts("rollout_ratio", "rollout_sequence")),
+    Panel(MACHINE, "Engine against trainer, KL", _starts("rollout_kl")),
+    Panel(MACHINE, "Mismatch: budget, corrections, causes", _starts("budget/", "correction/", "attribution/")),
     Panel(MACHINE, "Engine against trainer, experts: share that differs", _starts("routing_gap")),
     Panel(LEARNS, "Reflection words", _holds("reflection")),
     Panel(LEARNS, "Language consistency", _holds("consistency", "language")),
