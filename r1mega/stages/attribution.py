@@ -24,7 +24,8 @@ class Reader:
 
     def __init__(self, policy: Policy, scorings: Sequence[Scoring]) -> None:
         """Pack the sequences; every rank has all of them."""
-        self._policy, self._tokens, sequences = policy, 0, []
+        self._policy, self._tokens = policy, 0
+        sequences: list[TokenSequence] = []
         for one in scorings:
             places = torch.full((len(one.ids),), -1)
             places[one.start :] = self._tokens + torch.arange(len(one.ids) - one.start)
