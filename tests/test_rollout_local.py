@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import DeepseekV3Config, GenerationConfig, LlamaConfig, PreTra
 from r1mega.errors import UserError
 from r1mega.rollout import cache, local
 from r1mega.rollout.cache import RowCache
-from r1mega.rollout.engine import Request, Sample, SamplingParams
+from r1mega.rollout.engine import Request, Sample, SamplingParams, joined
 from r1mega.rollout.local import LocalEngine
 from r1mega.rollout.sampling import draw, uniforms
 
@@ -157,6 +158,25 @@ def test_a_seed_decides_its_sample_whatever_shares_the_batch(folder: Path, sampl
     for request, sample in zip(requests[::5], crowd[::5], strict=True):
         assert alone.generate([request], sampling)[0].response_ids == sample.response_ids
     assert len({sample.response_ids for sample in crowd}) == len(requests)
+
+
+def test_a_response_drawn_piece_by_piece_is_the_one_drawn_at_once(folder: Path) -> None:
+    sampling, asked, drawing = SamplingParams(stop_token_ids=(3, 11)), ragged(), engine(folder)
+    whole = drawing.generate(asked, sampling)
+    first = drawing.generate([replace(one, max_new_tokens=min(5, one.max_new_tokens)) for one in asked], sampling)
+    cut = [len(begun.response_ids) < one.max_new_tokens and begun.finish == "length" for one, begun in zip(asked, first, strict=True)]
+    going_on = [place for place, is_cut in enumerate(cut) if is_cut]
+    assert 0 < len(going_on) < len(first)
+    rest = [
+        replace(one, prompt_ids=one.prompt_ids + begun.response_ids, max_new_tokens=one.max_new_tokens - 5, begun=5)
+        for one, begun in ((asked[place], first[place]) for place in going_on)
+    ]
+    wait = drawing.start(rest, sampling)
+    for place, more in zip(going_on, wait(), strict=True):
+        first[place] = joined(first[place], more)
+    for one, other in zip(first, whole, strict=True):
+        assert replace(one, logprobs=()) == replace(other, logprobs=())
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_small_passes_and_few_logits_at_a_time_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,10 @@ ROOT = Path(__file__).parents[1]
 def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
     support.require()
     small = ["stages.zero.updates=3", "stages.zero.prompts_per_rollout=4", "stages.zero.evaluation=null", "stages.zero.save_every=0"]
+    asked = "prompts: {source: {kind: tiny, task: running_sum}, split: heldout, limit: 4}, k: 2, sampling: {max_new_tokens: 32}"
+    suite = f"{{heldout: {{{asked}, judge: 'r1mega.rewards.exact:accuracy'}}}}"
+    models = f"{{before: {ROOT / 'configs/tiny/base'}, after: zero}}"
+    small.append(f"stages.measured={{kind: evaluate, models: {models}, suites: {suite}}}")
     engine = ["rollout.engine=sglang", "rollout.sglang.start_timeout_s=900", "rollout.sglang.bucket_bytes=200000"]
     command = [
         sys.executable,
@@ -31,14 +35,14 @@ def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    (stage,) = (tmp_path / "run/stages").iterdir()
+    stage = tmp_path / "run/stages/01-zero"
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert row["rollout_gap/max"] <= 1e-4
         assert row["seconds/sync"] > 0
     assert all(row["grad_norm"] > 0 for row in rows), "weights move between the syncs"
-    (log,) = (stage / "engine").glob("server-*.log")
-    assert "Weight version changed" in log.read_text(errors="replace")
+    (log,) = (tmp_path / "run/logs/engine").glob("server-*.log")
+    assert "Weight version changed" in log.read_text(errors="replace"), "one server drew for both stages and all models"
     running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in running if str(tmp_path) in " ".join(command)]

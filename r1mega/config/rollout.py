@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from r1mega.config.base import Closed, FilePath, NonNegativeSchedule, PositiveSchedule, RewardFunction, Schedule, ShareSchedule
 from r1mega.config.engine_layout import EngineLayout
@@ -35,7 +35,14 @@ class Sglang(Closed):
         None, description="environment variable with the API key of `addresses`; servers that a run starts get a random key"
     )
     layout: EngineLayout = Field(default_factory=EngineLayout, description="how many servers, and how each is cut over its GPUs")
-    first_gpu: int = Field(0, ge=0, description="GPU of the first server's first rank; the others follow")
+    placement: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="disaggregated: servers have GPUs of their own; colocated: they have the trainer's, and memory goes to and fro: they "
+        "give up theirs while the trainer trains, and before they draw it moves weights, gradients and optimizer states to the host",
+    )
+    first_gpu: int | None = Field(
+        None, ge=0, description="GPU of the first server's first rank; the others follow; null: after the trainer's, or with colocated 0"
+    )
     arguments: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server, such as --enable-metrics")
     deterministic: bool = Field(
         True,
@@ -67,6 +74,12 @@ class Sglang(Closed):
             if not re.fullmatch(r"https?://[^/\s]+/?", address):
                 raise ValueError(f"expected http://host:port; got {address!r}")
         return addresses
+
+    @model_validator(mode="after")
+    def _found_servers_stay_awake(self) -> "Sglang":
+        if self.addresses and self.placement == "colocated":
+            raise ValueError("placement=colocated is for servers that a run starts: after it, nobody would wake those at `addresses`")
+        return self
 
 
 class Rollout(Closed):

@@ -15,6 +15,7 @@ from r1mega.config.stages import Stage
 from r1mega.pipeline.metrics import MetricsWriter
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.report.progress import Progress
+from r1mega.rollout.pool import Engines
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class StageContext:
     """Rows of `metrics.jsonl`; does nothing on ranks other than 0."""
     progress: Progress
     """The terminal; silent on ranks other than 0."""
+    engines: Engines
+    """Of the whole run."""
 
     @property
     def recipe(self) -> Recipe:

@@ -7,9 +7,10 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -21,6 +22,10 @@ from r1mega.pipeline.metrics import MetricsWriter, scalars
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.process import die_with_parent
 from r1mega.report.progress import Progress
+from r1mega.rollout.pool import Engines
+
+if TYPE_CHECKING:
+    from r1mega.rollout.engine import Engine
 
 
 def stage_function(kind: str) -> StageFunction:
@@ -88,20 +93,30 @@ def run_stages(
     barrier: Callable[[], Any],
 ) -> None:
     """Run the stages that are not finished, in order; `finished` is the same on every rank."""
-    for name, stage in run.recipe.stages.items():
-        if name in finished:
-            progress.skip(name)
-            continue
-        _run_stage(run, name, ranks, progress, find(stage.kind))
-        # The next stage reads what rank 0 has just written.
-        barrier()
+    with Engines(partial(opened, run)) as engines:
+        for name, stage in run.recipe.stages.items():
+            if name in finished:
+                progress.skip(name)
+                continue
+            _run_stage(run, name, ranks, progress, engines, find(stage.kind))
+            # The next stage reads what rank 0 has just written.
+            barrier()
 
 
-def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progress, function: StageFunction) -> None:
+def opened(run: RunDirectory, model_dir: Path) -> "Engine":
+    """The recipe's engine for the model that a folder describes."""
+    from r1mega.rollout.open import Surroundings, open_engine
+
+    settings = run.recipe.run
+    where = Surroundings(settings.platform, run.logs / "engine", settings.threads_per_rank, trainer_gpus=settings.ranks)
+    return open_engine(run.recipe.rollout, model_dir, where)
+
+
+def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progress, engines: Engines, function: StageFunction) -> None:
     folder = run.stage_dirs[name]
     folder.mkdir(parents=True, exist_ok=True)
     metrics = MetricsWriter(folder, enabled=ranks.rank == 0)
-    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress)
+    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress, engines)
     begin = time.monotonic()
     progress.begin(name, context.stage.kind)
     inputs = artifacts.input_digests(context.stage, run.stage_dirs) if ranks.rank == 0 else {}

@@ -54,6 +54,11 @@ def ask(
     ]
     samples = engine.generate(requests, sampling)
     groups = ranks.collected([samples[start : start + k] for start in range(0, len(samples), k)])
+    return read(questions, groups, tokenizer)
+
+
+def read(questions: Sequence[Question], groups: Sequence[Sequence[Sample]], tokenizer: "PreTrainedTokenizerBase") -> list[list[Response]]:
+    """The responses to every question with their texts."""
     texts = tokenizer.batch_decode([list(sample.response_ids) for group in groups for sample in group], skip_special_tokens=True)
     each = iter(texts)
     return [

@@ -1,7 +1,7 @@
 """What a rollout engine takes and gives. Stages know these types and nothing of any engine."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -20,6 +20,9 @@ class Request:
     prompt_ids: tuple[int, ...]
     seed: int
     max_new_tokens: int
+    begun: int = 0
+    """Tokens at the end of `prompt_ids` that the response begins with. Its random numbers go on after them, so a response that the same
+    weights draw piece by piece is the one that they draw at once."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,26 @@ class Sample:
     earlier_versions: tuple[tuple[int, int], ...] = ()
     """(version, number of tokens) of the weights that drew what stands before, where a sync came in between."""
 
+    @property
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """(version, number of tokens) of the weights that drew the response, from its first token to its last."""
+        earlier = sum(count for _, count in self.earlier_versions)
+        return (*self.earlier_versions, (self.weight_version, len(self.response_ids) - earlier))
+
+
+def joined(begun: Sample, more: Sample) -> Sample:
+    """A response that was cut, and what was drawn after it: `more` has all of `begun` as its prompt."""
+    spans = [*begun.versions, *more.versions]
+    if begun.weight_version == more.versions[0][0]:
+        spans[len(begun.versions) - 1 : len(begun.versions) + 1] = [(begun.weight_version, begun.versions[-1][1] + more.versions[0][1])]
+    return replace(
+        more,
+        prompt_ids=begun.prompt_ids,
+        response_ids=begun.response_ids + more.response_ids,
+        logprobs=begun.logprobs + more.logprobs,
+        earlier_versions=tuple(spans[:-1]),
+    )
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -75,6 +98,10 @@ class Engine(Protocol):
     Every rank has one and calls it alike, each with its own share of the requests; an engine of servers is one engine on all ranks.
     """
 
+    @property
+    def colocated(self) -> bool:
+        """Whether it draws on the trainer's GPUs and needs their memory for it, from a sync until it sleeps."""
+
     def sync(self, source: WeightSource, version: int) -> None:
         """Take the weights of a source; samples drawn from now on carry `version`.
 
@@ -84,10 +111,22 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order."""
 
+    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+        """Begin to draw; what is returned waits for the samples of `generate`, once, and before anything else is asked of the engine.
+
+        Servers draw while the caller does something else. The embedded engine has no hands but the caller's: it draws at once.
+        """
+
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score given sequences, in order, without drawing anything. `top_k` may be 0.
 
         A server scores as it reads a prompt: SGLang's `return_logprob` with `logprob_start_len` and `top_logprobs_num`.
+        """
+
+    def sleep(self) -> None:
+        """Forget weights and source; nothing is drawn until the next sync. A colocated engine gives back its memory.
+
+        It takes that of the weights again with the sync, the rest when it is asked for something.
         """
 
     def close(self) -> None:

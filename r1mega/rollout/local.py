@@ -1,6 +1,6 @@
 """The embedded engine: rollouts in the trainer's own process, through `transformers` models on CPU."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ class LocalEngine:
     A sequence leaves the batch at the step that finishes it. Waiting requests enter once an eighth of the batch is free, for a pass over
     one prompt costs about as much as a step of the whole batch. Samples of one prompt that enter together share its pass.
     """
+
+    colocated = False
 
     def __init__(self, model_dir: Path, *, dtype: torch.dtype = torch.float32, max_batch: int = 512) -> None:
         """Build the model of `model_dir/config.json`; weights in the folder are not read. UserError for a model we do not run."""
@@ -81,12 +83,21 @@ class LocalEngine:
             return []
         return _Flight(self._model, requests, sampling, self._max_batch).run(self._version)
 
+    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+        """Draw at once; see `Engine.start`."""
+        samples = self.generate(requests, sampling)
+        return lambda: samples
+
     @torch.inference_mode()
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
         if self._version is None:
             raise UserError("the rollout engine has no weights; load some before scoring")
         return score(self._model, scorings, top_k, pass_tokens=PREFILL_TOKENS, pass_logits=LOGITS)
+
+    def sleep(self) -> None:
+        """Forget which weights the model has; see `Engine.sleep`."""
+        self._version = None
 
     def close(self) -> None:
         """Free the model; the engine is of no use afterwards."""
@@ -102,6 +113,7 @@ class _Flight:
         self.requests, self.sampling = requests, sampling
         self.seeds = np.array([request.seed & (2**64 - 1) for request in requests], dtype=np.uint64)
         self.prompt_lengths = np.array([len(request.prompt_ids) for request in requests])
+        self.begun = np.array([request.begun for request in requests])
         self.budgets = np.array([request.max_new_tokens for request in requests])
         self.stop_ids = np.array(sampling.stop_token_ids, dtype=np.int64)
         self.drawn = np.zeros(len(requests), dtype=np.int64)
@@ -163,7 +175,7 @@ class _Flight:
         """Draw a token for each row from `first` on, given their hidden states, and drop the rows that are finished."""
         rows = self.rows[first:]
         drawn = self.drawn[rows]
-        uniform = torch.from_numpy(uniforms(self.seeds[rows], drawn))
+        uniform = torch.from_numpy(uniforms(self.seeds[rows], self.begun[rows] + drawn))
         chunk = max(1, LOGITS // self.head.out_features)
         parts = [draw(self.head(h), u, self.sampling) for h, u in zip(hidden.split(chunk), uniform.split(chunk), strict=True)]
         tokens = torch.cat([tokens for tokens, _ in parts]).numpy()

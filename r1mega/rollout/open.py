@@ -19,6 +19,8 @@ class Surroundings:
     """For logs, and for weights that travel by files."""
     threads: int = 1
     """BLAS threads of a server's process on a CPU."""
+    trainer_gpus: int = 0
+    """GPUs of this machine that the trainer's ranks have, the first ones."""
 
 
 def require(settings: Rollout) -> None:

@@ -25,6 +25,7 @@ from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
+from r1mega.rollout.sglang_memory import Memory, Part
 from r1mega.rollout.sglang_servers import Fleet, check_model
 from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport, checksum
 from r1mega.weights.architecture import Architecture, read_config
@@ -53,9 +54,15 @@ class SglangEngine:
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
         self._version = -1
+        self._memory = Memory()
         self._connect()
         if self._sglang.addresses:
             ranks.shared(self._check_models)
+
+    @property
+    def colocated(self) -> bool:
+        """See `Engine.colocated`."""
+        return self._sglang.placement == "colocated"
 
     def _connect(self) -> None:
         """Wait until all servers answer, and learn where they are."""
@@ -88,14 +95,14 @@ class SglangEngine:
             if error is None:
                 return
             _log.warning("weight version %d did not reach the servers: %s", version, error)
-            self._revive()
+            error = self._revive() or error
         tried = f"tried {self._sglang.retries + 1} times"
         raise UserError(f"the SGLang servers do not take weight version {version}, {tried}; the last time: {error}")
 
     def _synced(self, source: WeightSource, version: int) -> str | None:
         """One attempt; what went wrong, the same on every rank."""
         transport, control = self._transport, self._control
-        error = ranks.shared(lambda: _failure(control.pause, transport.begin))
+        error = self._resumed("weights") or ranks.shared(lambda: _failure(control.pause, transport.begin))
         if error is not None:
             return error
         errors = [error for error in ranks.gathered(self._sent(source)) if error is not None]
@@ -131,34 +138,47 @@ class SglangEngine:
             wanted.append(sums)
         return ranks.shared(lambda: _failure(lambda: self._control.compare(wanted)))
 
-    def _revive(self) -> None:
-        """Replace servers that are lost."""
+    def _revive(self) -> str:
+        """Replace servers that are lost; what became of these, or nothing."""
         self._pool.close()
         self._transport.close()
         fleet = self._fleet
-        ranks.shared(lambda: fleet is not None and fleet.replace_lost())
+        troubles = ranks.shared(lambda: fleet.replace_lost() if fleet else [])
+        for trouble in troubles:
+            _log.warning("replacing a server: %s", trouble)
         self._connect()
+        return "; ".join(troubles)
 
     # -------------------------------------------------------- requests
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
+        return self.start(requests, sampling)()
+
+    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+        """Send requests, and wait for their samples later; see `Engine.start`."""
         check_requests(requests, sampling, self._arch.vocab, self._arch.max_positions)
         return self._asked([partial(self._drawn, one, sampling) for one in requests])
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
         check_scorings(scorings, top_k, self._arch.vocab, self._arch.max_positions)
-        return self._asked([partial(self._scored, one, top_k) for one in scorings])
+        return self._asked([partial(self._scored, one, top_k) for one in scorings])()
 
-    def _asked(self, calls: Sequence[Callable[[Client], T]]) -> list[T]:
-        """The results of all calls, in order. Those that a lost server took with it are made again once it is replaced, on every rank."""
+    def _asked(self, calls: Sequence[Callable[[Client], T]]) -> Callable[[], list[T]]:
+        """Make calls in threads; what is returned waits for them."""
         if self._source is None:
             raise UserError("the rollout engine has no weights; sync some before generating")
+        if self._resumed("kv_cache") is not None:
+            self._revive()
+            self.sync(self._source, self._version)
+        return partial(self._answers, calls, [self._pool.submit(call) for call in calls], self._source)
+
+    def _answers(self, calls: Sequence[Callable[[Client], T]], pending: Sequence[Future[T]], source: WeightSource) -> list[T]:
+        """The results of all calls, in order. Those that a lost server took with it are made again once it is replaced, on every rank."""
         found: dict[int, T] = {}
+        places = list(range(len(calls)))
         for _ in range(self._sglang.retries + 1):
-            places = [place for place in range(len(calls)) if place not in found]
-            pending = [self._pool.submit(calls[place]) for place in places]
             while not ranks.every(not wait(pending, timeout=_MEET_S).not_done):
                 pass
             error = None
@@ -171,9 +191,11 @@ class SglangEngine:
             if not errors:
                 return [found[place] for place in range(len(calls))]
             _log.warning("asking again what was lost with a server: %s", errors[0])
-            self._revive()
-            self.sync(self._source, self._version)
-        raise UserError(f"the SGLang servers were lost {self._sglang.retries + 1} times in one rollout; the last time: {errors[0]}")
+            why = self._revive() or errors[0]
+            self.sync(source, self._version)
+            places = [place for place in places if place not in found]
+            pending = [self._pool.submit(calls[place]) for place in places]
+        raise UserError(f"the SGLang servers were lost {self._sglang.retries + 1} times in one rollout; the last time: {why}")
 
     def _drawn(self, request: Request, sampling: SamplingParams, client: Client) -> Sample:
         answer = self._generate(
@@ -252,6 +274,22 @@ class SglangEngine:
             raise
         except Refused as error:
             raise UserError(f"an SGLang server refuses a request: {error}") from None
+
+    def sleep(self) -> None:
+        """Keep the servers and forget their weights, whose source may be a trainer that is about to go; see `Engine.sleep`."""
+        self._source, self._version = None, -1
+        if not self.colocated:
+            return
+        for _ in range(self._sglang.retries + 1):
+            error = ranks.shared(lambda: _failure(lambda: self._memory.release(self._control)))
+            if error is None:
+                return
+            self._revive()
+        raise UserError(f"the SGLang servers do not give back their memory, tried {self._sglang.retries + 1} times; the last time: {error}")
+
+    def _resumed(self, part: Part) -> str | None:
+        """Let servers have a part of their memory again; what went wrong, the same on every rank."""
+        return ranks.shared(lambda: _failure(lambda: self._memory.resume(self._control, part))) if self.colocated else None
 
     def close(self) -> None:
         """End the servers that were started."""

@@ -79,10 +79,19 @@ def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port
     tokens = settings.max_total_tokens or (_CPU_TOKENS if platform == "cpu" else None)
     if tokens:
         found += ["--max-total-tokens", str(tokens)]
+    if settings.placement == "colocated" and platform == "cuda":
+        found.append("--enable-memory-saver")
     if settings.mem_fraction:
         found += ["--mem-fraction-static", str(settings.mem_fraction)]
     found += _CPU_ARGUMENTS if platform == "cpu" else ("--base-gpu-id", str(gpu))
     return [*found, *settings.arguments]
+
+
+def first_gpu(settings: Sglang, where: Surroundings) -> int:
+    """Where the servers' GPUs begin."""
+    if settings.first_gpu is not None:
+        return settings.first_gpu
+    return 0 if settings.placement == "colocated" else where.trainer_gpus
 
 
 class Started:
@@ -95,7 +104,7 @@ class Started:
         where.folder.mkdir(parents=True, exist_ok=True)
         self.log = where.folder / f"server-{port}.log"
         layout = settings.layout
-        wanted = arguments(settings, model_dir, dtype, where.platform, port, settings.first_gpu + index * layout.tp)
+        wanted = arguments(settings, model_dir, dtype, where.platform, port, first_gpu(settings, where) + index * layout.tp)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(interpreter(settings)), str(_LAUNCHER), _KEY, *wanted],
@@ -126,6 +135,13 @@ class Started:
     def well(self) -> bool:
         """Whether it is there and answers."""
         return self._process.poll() is None and self.client.answers(_ANSWER_S)
+
+    def trouble(self) -> str:
+        """What became of a server that is not well."""
+        code = self._process.poll()
+        if code is None:
+            return f"{self.client.address} does not answer; its log: {self.log}"
+        return f"{self.client.address} ended ({_ending(code)}): {_last_line(self.log)}; its log: {self.log}"
 
     def stop(self) -> None:
         """End it with all its processes."""
@@ -167,6 +183,10 @@ class Found:
         self._begin = time.monotonic()
         return self.client.answers(_ANSWER_S)
 
+    def trouble(self) -> str:
+        """What became of a server that is not well."""
+        return f"{self.client.address} does not answer"
+
     def stop(self) -> None:
         """Leave it as it is."""
 
@@ -201,13 +221,15 @@ class Fleet:
                 return not waiting
             time.sleep(_LOOK_S)
 
-    def replace_lost(self) -> bool:
-        """Start anew those that are gone or dumb; whether there were any. Found ones are waited for by `ready_within`."""
-        lost = [index for index, server in enumerate(self.servers) if not server.well()]
-        for index in lost:
-            self.servers[index].stop()
-            self.servers[index] = self._new(index)
-        return bool(lost)
+    def replace_lost(self) -> list[str]:
+        """Start anew those that are gone or dumb; what became of each. Found ones are waited for by `ready_within`."""
+        troubles = []
+        for index, server in enumerate(self.servers):
+            if not server.well():
+                troubles.append(server.trouble())
+                server.stop()
+                self.servers[index] = self._new(index)
+        return troubles
 
     def stop(self) -> None:
         """End what was started."""

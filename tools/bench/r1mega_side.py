@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from r1mega.megatron import platform
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.metrics import MetricsWriter
 from r1mega.pipeline.rundir import RunDirectory
+from r1mega.pipeline.worker import opened
 from r1mega.report.progress import Progress
 from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams
+from r1mega.rollout.pool import Engines
 from r1mega.weights.source import WeightSource
 
 
@@ -57,8 +60,20 @@ class _Numbered:
         self._places = {prompt: place for place, prompt in enumerate(prompts)}
         assert len(self._places) == len(prompts), "prompts must differ"
 
+    colocated = False
+
     def sync(self, source: WeightSource, version: int) -> None:
         self._engine.sync(source, version)
+
+    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+        samples = self.generate(requests, sampling)
+        return lambda: samples
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
+        raise NotImplementedError
+
+    def sleep(self) -> None:
+        self._engine.sleep()
 
     def close(self) -> None:
         self._engine.close()
@@ -106,7 +121,8 @@ class Side:
 
         ranks = env.ranks()
         run = RunDirectory(options.scratch, recipe(options, work, ranks.world_size))
-        ctx = StageContext(run, "grpo", ranks.rank, ranks.world_size, MetricsWriter(run.path, enabled=False), Progress.silent())
+        engines = stack.enter_context(Engines(partial(opened, run)))
+        ctx = StageContext(run, "grpo", ranks.rank, ranks.world_size, MetricsWriter(run.path, enabled=False), Progress.silent(), engines)
         stage: Any = ctx.stage
         model = ModelFolder(options.model)
         self.policy = Policy(model.arch, ctx.layout, stage.train, stage.optimizer, ctx.seed)

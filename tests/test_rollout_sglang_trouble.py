@@ -1,0 +1,110 @@
+"""What an engine makes of servers that die, lie or sleep; the servers are stand-ins, so it takes no environment with SGLang."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sglang_support as support
+from megatron_support import cpu_platform
+
+from r1mega.config.rollout import Rollout, Sglang
+from r1mega.errors import UserError
+from r1mega.rollout.engine import SamplingParams
+from r1mega.rollout.open import Surroundings
+from r1mega.rollout.sglang import SglangEngine
+
+MODEL = support.MODELS["llama"]
+PLAIN = SamplingParams()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cpu() -> Iterator[None]:
+    with cpu_platform():
+        yield
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator:
+    """Opens an engine over stand-ins with the given settings."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
+    python.chmod(0o755)
+    engines = []
+
+    def make(behaviour: str = "ok", **changes: object) -> SglangEngine:
+        (tmp_path / "behaviour").write_text(behaviour)
+        settings = {"python": str(python), "retries": 1, "checksums": "none", "request_timeout_s": 60.0} | changes
+        engines.append(SglangEngine(Rollout(engine="sglang", sglang=Sglang(**settings)), MODEL, Surroundings("cpu", tmp_path)))
+        engines[-1].sync(support.source(MODEL, 0), version=4)
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def test_a_server_out_of_memory_is_named_with_the_last_word_of_its_log(opened) -> None:
+    engine = opened("memory")
+    with pytest.raises(
+        UserError, match=r"lost 2 times in one rollout; .* ended \(exit code 1\): torch.OutOfMemoryError: .*; its log: "
+    ) as error:
+        engine.generate(support.requests(2), PLAIN)
+    assert "\n" not in str(error.value)
+
+
+def test_what_older_weights_drew_is_not_accepted(opened) -> None:
+    engine = opened("stale", retries=0)
+    with pytest.raises(UserError, match=r"drew 16 tokens from weight version 1 instead of 4"):
+        engine.generate(support.requests(1), PLAIN)
+
+
+def test_a_server_lost_while_the_trainer_does_something_else_is_replaced_with_the_same_weights(opened, tmp_path: Path) -> None:
+    engine = opened("slow")
+    asked = support.requests(6)
+    expected = engine.generate(asked, PLAIN)
+    wait = engine.start(asked, PLAIN)
+    lost = engine._fleet.servers[0]
+    os.killpg(lost.pid, signal.SIGKILL)
+    synced = (tmp_path / "calls").read_text().count("/update_weight_version")
+    assert wait() == expected
+    assert {sample.weight_version for sample in expected} == {4}
+    assert engine._fleet.servers[0].pid != lost.pid
+    assert (tmp_path / "calls").read_text().count("/update_weight_version") == synced + 1
+
+
+def test_colocated_servers_sleep_and_wake_part_by_part(opened, tmp_path: Path) -> None:
+    engine = opened(placement="colocated")
+    asked = support.requests(3)
+    expected = engine.generate(asked, PLAIN)
+    (tmp_path / "calls").unlink()
+    engine.sleep()
+    engine.sleep()
+    with pytest.raises(UserError, match="has no weights"):
+        engine.generate(asked, PLAIN)
+    engine.sync(support.source(MODEL, 0), version=4)
+    assert engine.generate(asked, PLAIN) == expected
+    memory = [line for line in (tmp_path / "calls").read_text().splitlines() if "memory" in line or "begin" in line or "generate" in line]
+    assert memory == [
+        "/release_memory_occupation kv_cache weights",
+        "/resume_memory_occupation weights",
+        "/begin_weight_update",
+        "/resume_memory_occupation kv_cache",
+        *["/generate"] * 3,
+    ]
+
+
+def test_a_sleeping_server_that_is_lost_is_replaced_by_one_that_is_awake(opened) -> None:
+    engine = opened(placement="colocated")
+    expected = engine.generate(support.requests(3), PLAIN)
+    engine.sleep()
+    os.killpg(engine._fleet.servers[0].pid, signal.SIGKILL)
+    engine.sync(support.source(MODEL, 0), version=4)
+    assert engine.generate(support.requests(3), PLAIN) == expected
+
+
+def test_found_servers_are_not_put_to_sleep() -> None:
+    with pytest.raises(ValueError, match="nobody would wake those at `addresses`"):
+        Sglang(addresses=["http://127.0.0.1:1"], placement="colocated")
