@@ -37,6 +37,15 @@ SHORT = [
 ]
 # Checkpoints are written beside the training and appear an update or two late: enough updates must be left to break.
 KILLED = {
+    "grpo-ahead": (
+        "configs/tiny/r1_zero.yaml",
+        "01-zero",
+        [
+            *(change for change in SHORT if "save_every" not in change and "updates=" not in change),
+            *("stages.zero.updates=8", "stages.zero.updates_per_rollout=1", "stages.zero.save_every=2", "stages.zero.staleness=1"),
+            *("stages.zero.partial={segment: 10, extra_prompts: 3}", "stages.zero.evaluation=null"),
+        ],
+    ),
     "grpo": ("configs/tiny/r1_zero.yaml", "01-zero", [*SHORT, "stages.zero.updates=10", "stages.zero.evaluation=null"]),
     "pretrain": (
         "configs/tiny/base.yaml",
@@ -92,6 +101,20 @@ def test_minibatches_of_one_rollout_are_off_policy_and_still_close(tmp_path: Pat
     ratios = {row["update"]: row["ratio/max"] for row in rows}
     assert ratios[1] == ratios[3] == 1  # the first minibatch is trained on with the weights that drew it
     assert ratios[2] > 1 and ratios[4] > 1
+
+
+def test_drawing_ahead_and_in_pieces_is_off_policy_and_says_so(tmp_path: Path) -> None:
+    changes = ["staleness=1", "partial={segment: 8, extra_prompts: 4}", "updates=12", "save_every=0", "objective.kl_coef=0"]
+    _, rows = run(tmp_path / "run", "stages.zero.evaluation=null", *(f"stages.zero.{change}" for change in changes))
+    assert [row["update"] for row in rows] == list(range(1, 13))
+    # Two updates a rollout, one rollout ahead, and a response in at most two of them; the oldest are in a rollout's first minibatch.
+    assert rows[0]["staleness/max"] == 0 and rows[0]["ratio/max"] == 1
+    assert max(row["staleness/max"] for row in rows) == 4
+    assert all(row["staleness/mean"] >= 1 for row in rows[2:])
+    assert 0 < max(row["continued"] for row in rows) < 1
+    # The trainer's log-probs of what other weights drew are those of these weights: the engine's, but for rounding.
+    assert all(row["rollout_gap/max"] <= 1e-4 for row in rows)
+    assert all(1 < row["ratio/max"] < 3 for row in rows[2:])
 
 
 def test_dapo_and_dr_grpo_are_settings(tmp_path: Path) -> None:

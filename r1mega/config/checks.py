@@ -7,7 +7,7 @@ from r1mega.config import tree
 from r1mega.config.base import PathMark
 from r1mega.config.prompts import PromptSet
 from r1mega.config.schema import Recipe
-from r1mega.config.stages import Grpo
+from r1mega.config.stages import Distill, Grpo, Stage
 from r1mega.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*$")
@@ -43,9 +43,26 @@ def check(recipe: Recipe, source: str, inputs: bool = True) -> None:
         except ValueError as error:
             where = f"stages.{name}.layout" if stage.layout else "layout"
             raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
+        _check_placement(recipe, stage, f"stages.{name}", source)
         if isinstance(stage, Grpo):
             for prompts in stage.prompts.values():
                 _check_heldout(stage, prompts, f"stages.{name}", source)
+
+
+def _check_placement(recipe: Recipe, stage: Stage, where: str, source: str) -> None:
+    """Servers on the trainer's GPUs draw when it does not train, and there is room for one model's."""
+    if recipe.rollout.engine != "sglang" or recipe.rollout.sglang.placement != "colocated":
+        return
+    if isinstance(stage, Grpo) and stage.staleness:
+        raise UserError(
+            f"{source}: '{where}.staleness': servers on the trainer's GPUs cannot draw while it trains; use "
+            "rollout.sglang.placement=disaggregated, or staleness 0"
+        )
+    if isinstance(stage, Distill):
+        raise UserError(
+            f"{source}: '{where}' asks a teacher while it trains, and servers on the trainer's GPUs cannot answer then; use "
+            "rollout.sglang.placement=disaggregated"
+        )
 
 
 def _check_heldout(stage: Grpo, prompts: PromptSet, where: str, source: str) -> None:

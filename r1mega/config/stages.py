@@ -70,6 +70,16 @@ class ModelReward(Closed):
     )
 
 
+class PartialRollouts(Closed):
+    """Responses drawn over several rollouts, so that the longest ones hold up no update (Kimi k1.5, arXiv 2501.12599)."""
+
+    segment: int = Field(
+        ge=1, description="tokens of a response drawn at a time; a longer one goes on in the next rollout, with its weights"
+    )
+    extra_prompts: int = Field(ge=1, description="prompts under way beyond prompts_per_rollout: so many may be unfinished at an update")
+    rollouts: int = Field(2, ge=2, description="rollouts over which a response is drawn at most; in the last one it is drawn to its end")
+
+
 class Grpo(StageBase):
     """Reinforcement learning with group-relative advantages."""
 
@@ -91,6 +101,14 @@ class Grpo(StageBase):
     prompts_per_rollout: int = Field(512, ge=1, description="prompts answered before training on them (paper: 512, 8,192 responses)")
     updates_per_rollout: int = Field(16, ge=1, description="minibatches (one optimizer step each) of one rollout (paper: 16)")
     updates: int = Field(ge=1, description="optimizer steps in all")
+    partial: PartialRollouts | None = Field(
+        None, description="responses drawn over several rollouts; left out: every rollout waits for its longest response"
+    )
+    staleness: Literal[0, 1] = Field(
+        0,
+        description="rollouts by which drawing is ahead of training; 1: servers draw the next rollout, with weights one rollout old, while "
+        "the trainer trains on this one",
+    )
     reference_refresh: int = Field(400, ge=0, description="updates after which the reference becomes the current policy; 0: never")
     sampling: Sampling = Sampling()
     objective: GrpoObjective = GrpoObjective()
@@ -129,6 +147,20 @@ class Grpo(StageBase):
         if self.prompts_per_rollout % self.updates_per_rollout:
             raise ValueError(
                 f"updates_per_rollout={self.updates_per_rollout} does not divide prompts_per_rollout={self.prompts_per_rollout}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_overlap(self) -> "Grpo":
+        if self.partial and self.partial.extra_prompts > self.prompts_per_rollout:
+            raise ValueError(
+                f"partial.extra_prompts={self.partial.extra_prompts} is more than prompts_per_rollout={self.prompts_per_rollout}: some "
+                "prompts would wait for several rollouts"
+            )
+        if (self.partial or self.staleness) and 0 < self.save_every < 2 * self.updates_per_rollout:
+            raise ValueError(
+                f"nothing is being drawn when a checkpoint is written, so with save_every={self.save_every} rollouts would never overlap; "
+                f"partial and staleness need at least 2 x updates_per_rollout = {2 * self.updates_per_rollout}, or 0"
             )
         return self
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache
 
 import torch
@@ -40,6 +41,12 @@ class Exchange:
     @cached_property
     def _plan(self) -> ExportPlan:
         return export_plan(self._arch, self._layout, self._world, self._spelling)
+
+    def over(self, weights: Sequence[Tensor]) -> "Exchange":
+        """The same places, with other weights there: a copy on the host, in the order of this rank's own."""
+        other = copy(self)
+        other._weights = dict(zip(self._weights, weights, strict=True))
+        return other
 
     def load(self, read: Read) -> None:
         """Fill this rank's shards. Every rank reads only what it holds."""
@@ -81,12 +88,12 @@ class Exchange:
     def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
         """See `WeightSource.buckets`."""
         plan = _full_plan(self._arch, self._layout, self._world, self._spelling, wire, limit, None if senders is None else tuple(senders))
-        return gathered(plan.buckets, self._weights, wire)
+        return gathered(plan.buckets, self._weights, wire, platform.active().device())
 
     def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
         """See `WeightSource.params`."""
         plan = _direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, self._world)
-        return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, wire, on)
+        return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, wire, platform.active().device(), on)
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

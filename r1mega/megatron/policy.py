@@ -22,7 +22,7 @@ from torch import Tensor
 from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
-from r1mega.megatron import architecture, head, limits, model, topology
+from r1mega.megatron import architecture, head, limits, model, offload, topology
 from r1mega.megatron.exchange import Exchange
 from r1mega.planner.flops import forward_flops
 from r1mega.weights.architecture import Architecture
@@ -403,6 +403,30 @@ class Policy:
         for weight, value in zip(self.weights.values(), values, strict=True):
             if value is not None:
                 weight.copy_(value)
+
+    # ------------------------------------------------------------ memory lent to an engine
+
+    @contextmanager
+    def without_training_state(self) -> Iterator[None]:
+        """Between steps: have optimizer states and main parameters wait on the host, and drop the gradients, made anew by every step."""
+        if self._optimizer is None:
+            yield
+            return
+        weights = {weight.untyped_storage().data_ptr() for weight in self.weights.values()}
+        inner = [part.optimizer for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer])]
+        mains = [main for one in inner for group in one.param_groups for main in group["params"]]
+        states = [value for one in inner for state in one.state.values() for value in state.values() if isinstance(value, Tensor)]
+        # Of a float32 model the optimizer steps the parameters themselves, in their own storage.
+        kept = [tensor for tensor in (*mains, *states) if tensor.untyped_storage().data_ptr() not in weights]
+        gradients = [buffer.grad_data for chunk in self._wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        with offload.on_host(kept, gradients):
+            yield
+
+    @contextmanager
+    def without_weights(self) -> Iterator[None]:
+        """Have the weights wait on the host; nothing may read them in the block, `exchange` included."""
+        with offload.on_host(self.weights.values()):
+            yield
 
     # ------------------------------------------------------------ sums over ranks
 

@@ -7,7 +7,7 @@ split into `updates_per_rollout` minibatches of whole groups, each trained on on
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 from r1mega.config.base import at, largest
 from r1mega.config.stages import Grpo, PromptShare
 from r1mega.config.training import GrpoObjective
-from r1mega.data.mixture import Mixture
 from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode
 from r1mega.errors import UserError
@@ -30,13 +29,13 @@ from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.report.plot import draw
-from r1mega.rollout.ask import Question, ask
-from r1mega.rollout.engine import SamplingParams
+from r1mega.rollout.ask import Question, read
 from r1mega.stages.benchmark import Benchmark
 from r1mega.stages.engines import opened
 from r1mega.stages.evaluate import flat
-from r1mega.stages.minibatch import Judgement, Minibatch, Rollout
-from r1mega.stages.schedule import learning_rate
+from r1mega.stages.groups import Groups, leaves_nothing
+from r1mega.stages.minibatch import DrawnBy, Judgement, Minibatch, Rollout
+from r1mega.stages.schedule import crossed, learning_rate
 from r1mega.stages.scoring import Scorer
 from r1mega.stages.training import export, restore
 
@@ -73,8 +72,7 @@ class GrpoLoop:
         self.ctx, self.stage, self.model, self.policy = ctx, stage, model, policy
         room = model.prompt_room(largest(stage.sampling.max_new_tokens))
         self.questions = {name: _questions(prompts, model, room) for name, prompts in stage.prompts.items()}
-        sizes = {name: len(questions) for name, questions in self.questions.items()}
-        self.mixture = Mixture(sizes, {name: prompts.share for name, prompts in stage.prompts.items()}, ctx.seed)
+        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name)
         suites = stage.evaluation.suites if stage.evaluation else {}
         self.benchmarks = [
             stack.enter_context(Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges)) for name, suite in suites.items()
@@ -88,7 +86,7 @@ class GrpoLoop:
         self.checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.last_metrics: dict[str, Any] = {}
-        self._synced = -1
+        self._served = self._drawn_by = DrawnBy(-1)
 
     # -------------------------------------------------------- one rollout
 
@@ -102,7 +100,7 @@ class GrpoLoop:
         temperature = at(stage.sampling.temperature, update)
         with _timed(rollout.seconds, "logprobs"):
             batches = [self.policy.microbatches(minibatch.sequences) for minibatch in minibatches]
-            self._add_logprobs(batches, temperature)
+            self._add_logprobs(batches, temperature, rollout.drawn_by)
         for index, (minibatch, local) in enumerate(zip(minibatches, batches, strict=True)):
             rate = learning_rate(stage.optimizer, update + index, stage.updates)
             begin = time.perf_counter()
@@ -112,33 +110,70 @@ class GrpoLoop:
                 raise self._stopped(minibatch, update + index, error) from None
             seconds = rollout.seconds | {"train": time.perf_counter() - begin}
             rollout.seconds = {}
-            self.last_metrics = (
-                minibatch.metrics(stage.difficulty) | _loss_metrics(step.sums, step.peaks) | {"lr": rate, "grad_norm": step.grad_norm}
-            )
+            self.last_metrics = minibatch.metrics(stage.difficulty) | _loss_metrics(step.sums, step.peaks)
+            self.last_metrics |= self._age(minibatch, update + index) | {"lr": rate, "grad_norm": step.grad_norm}
             yield {"update": update + index + 1, **self.last_metrics, **{f"seconds/{name}": value for name, value in seconds.items()}}
 
     def _roll_out(self, update: int) -> Rollout:
+        """The answers that the updates from `update` on train on; with staleness, the next ones are being drawn when this returns."""
         stage, seconds = self.stage, dict[str, float]()
-        with _timed(seconds, "sync"):
-            self._sync(update)
-        drawn = self.mixture.draw(stage.prompts_per_rollout, update)
-        kinds, questions = [kind for kind, _ in drawn], [self.questions[kind][place] for kind, place in drawn]
-        sampling = SamplingParams(at(stage.sampling.temperature, update), at(stage.sampling.top_p, update), self.model.stop_token_ids)
-        cap = int(at(stage.sampling.max_new_tokens, update))
-        with _timed(seconds, "generate"):
-            seed = f"{self.ctx.seed}/{self.ctx.name}/{update}"
-            groups = ask(self.engine, questions, stage.group_size, sampling, cap, seed, self.model.tokenizer)
+        with nullcontext() if self.groups.drawing else self._engine_with(update, seconds):
+            if not self.groups.drawing:
+                self._begin(update, seconds)
+            with _timed(seconds, "generate"):
+                taken = self.groups.take(self.engine, update)
+        drawn_by = self._drawn_by
+        if stage.staleness and not leaves_nothing(stage, update):
+            with self._engine_with(update, seconds):
+                self._begin(update + stage.updates_per_rollout, seconds)
+        kinds, questions = [group.kind for group in taken], [group.question for group in taken]
+        groups = read(questions, [[sample for sample in group.samples if sample] for group in taken], self.model.tokenizer)
         with _timed(seconds, "judge"):
             judgement = self.scorer.judge(kinds, questions, groups, update)
         self._check_judged(judgement, update)
-        return Rollout(kinds, questions, groups, judgement, seconds)
+        off_policy = stage.partial is not None or drawn_by.version != update
+        return Rollout(kinds, questions, groups, judgement, seconds, drawn_by if off_policy else None)
+
+    def _begin(self, update: int, seconds: dict[str, float]) -> None:
+        """Begin the rollout at an update with the weights that the engine has."""
+        self._drawn_by = self._served
+        with _timed(seconds, "generate"):
+            self.groups.begin(self.engine, update)
+
+    @contextmanager
+    def _engine_with(self, version: int, seconds: dict[str, float]) -> Iterator[None]:
+        """The engine, idle and with the policy's current weights; one on the trainer's GPUs has their memory until the block ends."""
+        if not self.engine.colocated:
+            with _timed(seconds, "sync"):
+                self._sync(version)
+            yield
+            return
+        # The policy's weights go last: until they are sent, those and the engine's share the memory that the rest of the trainer leaves.
+        with ExitStack() as moved:
+            with _timed(seconds, "sync"):
+                moved.enter_context(self.policy.without_training_state())
+                self._sync(version)
+                moved.enter_context(self.policy.without_weights())
+            yield
+            self.engine.sleep()
+            self._served = DrawnBy(-1)
 
     def _sync(self, version: int) -> None:
-        """Give the engine the policy's current weights."""
-        if self._synced == version:
+        """Give the engine, which is idle, the policy's current weights."""
+        if self._served.version == version:
             return
-        self.engine.sync(self.policy.exchange, version)
-        self._synced = version
+        if self.stage.staleness or self.engine.colocated:
+            # While the engine draws, the policy moves on or is not there: a lost server and the old log-probs need the weights as they are.
+            weights = self.policy.host_copy()
+            self.engine.sync(self.policy.exchange.over(weights), version)
+            self._served = DrawnBy(version, weights)
+        else:
+            self.engine.sync(self.policy.exchange, version)
+            self._served = DrawnBy(version)
+
+    def _age(self, minibatch: Minibatch, update: int) -> dict[str, float]:
+        """How far the weights have moved since they drew; nothing where every rollout is drawn by the weights that it trains."""
+        return minibatch.age(update) if self.stage.partial or self.stage.staleness else {}
 
     def _check_judged(self, judgement: Judgement, update: int) -> None:
         missing = judgement.rewards.isnan().float().mean().item()
@@ -148,15 +183,23 @@ class GrpoLoop:
                 f"{self.stage.not_judged_limit:g}; first reason: {judgement.reasons[0]}"
             )
 
-    def _add_logprobs(self, batches: Sequence[Sequence[LocalBatch]], temperature: float) -> None:
-        """Reference log-probs of every micro-batch, and the policy's own before the first of its minibatches moves it.
+    def _add_logprobs(self, batches: Sequence[Sequence[LocalBatch]], temperature: float, drawn_by: DrawnBy | None) -> None:
+        """Reference log-probs of every micro-batch, and those of the policy that drew it, before the first of its minibatches moves it.
 
-        The first minibatch is trained on with the very weights that drew it: its old log-probs are those of the training forward.
+        Where the weights as they are drew everything, the first minibatch is trained on with these: its old log-probs are those of the
+        training forward. Otherwise they come from the weights that drew the rollout, and for tokens of versions before, whose weights
+        are gone, from the engine, which recorded them as it drew.
         """
         everything = [batch for local in batches for batch in local]
-        later = [batch for local in batches[1:] for batch in local]
+        later = [batch for local in batches[1:] for batch in local] if drawn_by is None else everything
         if later:
-            _add("old_logprobs", later, self.policy.logprobs(later, temperature))
+            weights = drawn_by.weights if drawn_by else None
+            with self.policy.holding(weights) if weights is not None else nullcontext():
+                _add("old_logprobs", later, self.policy.logprobs(later, temperature))
+        for batch in later if drawn_by else []:
+            old = batch.extras.get("old_logprobs")
+            if old is not None:
+                batch.extras["old_logprobs"] = torch.where(batch.extras["earlier"], batch.extras["rollout_logprobs"], old)
         if self.reference is not None:
             with self.policy.holding(self.reference):
                 _add("ref_logprobs", everything, self.policy.logprobs(everything, temperature))
@@ -173,22 +216,21 @@ class GrpoLoop:
     def finish_rollout(self, update: int) -> None:
         """Refresh the reference, evaluate and save where they are due after `update` updates."""
         stage = self.stage
-        if self.reference is not None and _crossed(update, stage.updates_per_rollout, stage.reference_refresh):
+        if self.reference is not None and crossed(update, stage.updates_per_rollout, stage.reference_refresh):
             self.reference = self.policy.host_copy()
         last = update >= stage.updates
-        if stage.evaluation and (last or _crossed(update, stage.updates_per_rollout, stage.evaluation.every)):
+        if stage.evaluation and (last or crossed(update, stage.updates_per_rollout, stage.evaluation.every)):
             self.evaluate(update)
-        if not last and _crossed(update, stage.updates_per_rollout, stage.save_every):
+        if not last and crossed(update, stage.updates_per_rollout, stage.save_every):
             self.save(update)
 
     def evaluate(self, update: int) -> None:
         """Measure the current weights on every benchmark and write a metrics row."""
-        self._sync(update)
-        begin = time.perf_counter()
-        self.evaluations = {
-            benchmark.name: benchmark.measure(self.engine, self.ctx.dir / "samples" / f"update-{update:06d}" / f"{benchmark.name}.jsonl.gz")
-            for benchmark in self.benchmarks
-        }
+        self.groups.settle()
+        folder = self.ctx.dir / "samples" / f"update-{update:06d}"
+        with self._engine_with(update, {}):
+            begin = time.perf_counter()
+            self.evaluations = {one.name: one.measure(self.engine, folder / f"{one.name}.jsonl.gz") for one in self.benchmarks}
         row = {f"eval/{suite}/{key}": value for suite, found in self.evaluations.items() for key, value in found.items()}
         self.ctx.metrics.write({"update": update, **row, "seconds/evaluate": time.perf_counter() - begin})
         for suite, found in self.evaluations.items():
@@ -205,7 +247,7 @@ class GrpoLoop:
         """Load the newest checkpoint if there is one; returns the update to go on with."""
         done = restore(self.ctx, self.checkpoints, self.reference)
         for update in range(0, done, self.stage.updates_per_rollout):
-            self.mixture.draw(self.stage.prompts_per_rollout, update)
+            self.groups.skip(update)
         return done
 
 
@@ -257,11 +299,6 @@ def _add(name: str, batches: Sequence[LocalBatch], values: Sequence[Tensor] | No
         batch.extras[name] = value
 
 
-def _crossed(update: int, step: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in the last `step` updates."""
-    return every > 0 and update // every > (update - step) // every
-
-
 def _headline(row: dict[str, Any]) -> dict[str, float]:
     return {"reward": row["reward/mean"], "length": row["response_length/mean"], "kl": row["kl"], "gap": row["rollout_gap/max"]}
 
@@ -270,4 +307,4 @@ def _headline(row: dict[str, Any]) -> dict[str, float]:
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - begin
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -1,7 +1,7 @@
 """One rollout's answers and how they were judged; its minibatches as training sequences and as metrics."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from r1mega.config.training import GrpoObjective
 from r1mega.data.packing import TokenSequence
 from r1mega.objectives.grpo import group_advantages, token_weights, uniform_groups
 from r1mega.rollout.ask import Question, Response
+from r1mega.rollout.engine import Sample
 
 _MOST_LEVELS = 12
 """Difficulties with a pass rate of their own; a field with more different values is none."""
@@ -32,6 +33,15 @@ class Judgement:
     """Why rewards could not be judged."""
 
 
+@dataclass(frozen=True)
+class DrawnBy:
+    """The weights that the engine had when a rollout began."""
+
+    version: int
+    weights: list[Tensor] | None = None
+    """This rank's, on the host; None: the policy has them still."""
+
+
 @dataclass
 class Rollout:
     """The answers of one rollout. P prompts, G responses each."""
@@ -42,6 +52,8 @@ class Rollout:
     groups: list[list[Response]]
     judgement: Judgement
     seconds: dict[str, float] = field(default_factory=dict)
+    drawn_by: DrawnBy | None = None
+    """None: the policy's weights as they are before the first of its updates drew every token."""
 
 
 class Minibatch:
@@ -62,6 +74,9 @@ class Minibatch:
         self.truncated = torch.tensor([sample.finish == "length" for sample in samples])
         weights = token_weights(self.lengths, self.truncated, self.uniform.repeat_interleave(self.rewards.shape[1]), objective)
         self.sequences = [_sequence(r, float(w), float(a)) for r, w, a in zip(self.responses, weights, self.advantages, strict=True)]
+        if rollout.drawn_by is not None:
+            version = rollout.drawn_by.version
+            self.sequences = [_marked(one, sample, version) for one, sample in zip(self.sequences, samples, strict=True)]
 
     def metrics(self, difficulty: str) -> dict[str, float]:
         """What the rollout alone says: rewards, lengths, measures (all, correct and wrong), pass rates, truncation, uniform groups."""
@@ -95,6 +110,15 @@ class Minibatch:
             f"{name}/wrong": values[self.correct == 0].nanmean().item(),
         }
 
+    def age(self, update: int) -> dict[str, float]:
+        """Optimizer steps between the weights that drew a token and those that update number `update` (from 0) moves."""
+        spans = [(update - version, count) for response in self.responses for version, count in response.sample.versions]
+        return {
+            "staleness/mean": sum(age * count for age, count in spans) / sum(count for _, count in spans),
+            "staleness/max": max(age for age, _ in spans),
+            "continued": sum(bool(response.sample.earlier_versions) for response in self.responses) / len(self.responses),
+        }
+
     def record(self) -> list[dict[str, Any]]:
         """Plain JSON of every response, for a batch that has to be looked at."""
         return [
@@ -124,3 +148,13 @@ def _sequence(response: Response, weight: float, advantage: float) -> TokenSeque
     logprobs[prompt:] = torch.tensor(sample.logprobs)
     tokens = torch.tensor(sample.prompt_ids + sample.response_ids)
     return TokenSequence(tokens, weights, {"advantages": advantages, "rollout_logprobs": logprobs})
+
+
+def _marked(sequence: TokenSequence, sample: Sample, version: int) -> TokenSequence:
+    """With `earlier`, bool: tokens that other weights than those of `version` drew."""
+    earlier = torch.zeros(len(sequence.tokens), dtype=torch.bool)
+    place = len(sample.prompt_ids)
+    for drawn_by, count in sample.versions:
+        earlier[place : place + count] = drawn_by != version
+        place += count
+    return replace(sequence, extras={**sequence.extras, "earlier": earlier})

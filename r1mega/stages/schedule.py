@@ -1,4 +1,4 @@
-"""Learning rates over the updates of a stage."""
+"""What is due when over the updates of a stage: learning rates, and what comes every so many updates."""
 
 import math
 
@@ -14,3 +14,8 @@ def learning_rate(settings: Optimizer, update: int, updates: int) -> float:
     done = (update - settings.warmup) / max(1, updates - settings.warmup)
     falling = 1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
     return settings.min_lr + (settings.lr - settings.min_lr) * falling
+
+
+def crossed(update: int, step: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in the last `step` of `update` updates; never where `every` is 0."""
+    return every > 0 and update // every > (update - step) // every

@@ -24,6 +24,10 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def release_cached() -> None:
+    """What is freed on a CPU is free."""
+
+
 def config_overrides(fp8: str) -> dict[str, Any]:
     """TransformerConfig fields that this platform decides. Fusions are CUDA kernels; FP8 needs tensor cores."""
     limits.check_fp8("cpu", fp8)

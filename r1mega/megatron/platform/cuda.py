@@ -46,6 +46,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def release_cached() -> None:
+    """Give freed memory back to the GPU, where other processes find it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
 def config_overrides(fp8: str) -> dict[str, Any]:
     """TransformerConfig fields that this platform decides."""
     return {
