@@ -36,7 +36,7 @@ def on_host(kept: Iterable[Tensor], blank: Iterable[Tensor] = ()) -> Iterator[No
             storage.copy_(copied, non_blocking=True)
         for storage, size in freed:
             storage.resize_(size)
-            storage.fill_(0)
+            torch.empty(0, dtype=torch.uint8, device=device).set_(storage).zero_()
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, torch.UntypedStorage]:
