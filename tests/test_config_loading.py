@@ -178,3 +178,14 @@ def test_a_benchmark_may_not_hold_out_more_than_the_training_prompts_leave_out(t
     load_recipe(recipe, ["stages.zero.evaluation.suites.heldout.prompts.heldout_fraction=0.05"])
     with pytest.raises(UserError, match=r"holds out 0.2 of the questions, the training prompts leave out 0.1"):
         load_recipe(recipe, ["stages.zero.evaluation.suites.heldout.prompts.heldout_fraction=0.2"])
+
+
+COLOCATED = ["rollout.engine=sglang", "rollout.sglang.placement=colocated"]
+
+
+def test_servers_on_the_trainers_gpus_draw_for_no_trainer_that_trains(recipe_file: Path) -> None:
+    load_recipe(recipe_file, COLOCATED)
+    load_recipe(recipe_file, ["stages.zero.staleness=1", "stages.zero.save_every=0"])
+    ahead = [*COLOCATED, "stages.zero.staleness=1", "stages.zero.save_every=0"]
+    with pytest.raises(UserError, match=r"'stages.zero.staleness': servers on the trainer's GPUs cannot draw while it trains; use rollout"):
+        load_recipe(recipe_file, ahead)

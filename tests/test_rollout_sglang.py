@@ -26,6 +26,7 @@ from r1mega.errors import UserError
 from r1mega.megatron.policy import Policy
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
+from r1mega.rollout.engine import joined as joined_samples
 from r1mega.rollout.local import LocalEngine
 from r1mega.rollout.sglang import SglangEngine
 from r1mega.rollout.sglang_servers import Started
@@ -114,6 +115,41 @@ def test_a_seed_alone_decides_what_is_drawn(joined):
     assert support.same([sample for request in asked[:3] for sample in engine.generate([request], PLAIN)], together[:3])
     other = engine.generate([replace(request, seed=request.seed + 1) for request in asked], PLAIN)
     assert sum(a.response_ids != b.response_ids for a, b in zip(together, other, strict=True)) >= 10
+
+
+def test_a_response_drawn_piece_by_piece_is_the_one_drawn_at_once(joined):
+    engine, _ = joined
+    asked = support.requests()
+    whole = engine.generate(asked, PLAIN)
+    first = engine.generate([replace(one, max_new_tokens=6) for one in asked], PLAIN)
+    cut = [place for place, one in enumerate(first) if one.finish == "length"]
+    assert cut
+    rest = [
+        replace(asked[place], prompt_ids=asked[place].prompt_ids + first[place].response_ids, max_new_tokens=10, begun=6) for place in cut
+    ]
+    for place, more in zip(cut, engine.start(rest, PLAIN)(), strict=True):
+        first[place] = joined_samples(first[place], more)
+    assert support.same(first, whole)
+
+
+def test_a_server_that_shares_the_trainers_gpus_sleeps_and_draws_the_same_afterwards(served, joined, tmp_path, monkeypatch):
+    server, model = served
+    expected = joined[0].generate(support.requests(), PLAIN)
+    # A recipe says so only of servers that the run starts; this one is started for all tests.
+    monkeypatch.setattr(SglangEngine, "colocated", True)
+    with support.engine(server, model, tmp_path) as engine:
+        for version in (1, 2):
+            engine.sync(support.source(model, 0), version)
+            samples = engine.generate(support.requests(), PLAIN)
+            assert support.same([replace(one, weight_version=0) for one in samples], expected)
+            engine.sleep()
+            engine.sleep()
+            with pytest.raises(UserError, match="has no weights"):
+                engine.generate(support.requests(), PLAIN)
+        engine.sync(support.source(model, 0), version=3)
+        engine.generate(support.requests(1), PLAIN)
+    restored(joined[0], model)
+    assert support.same(joined[0].generate(support.requests(), PLAIN), expected)
 
 
 def test_nucleus_leaves_out_what_is_beyond_it(joined):

@@ -22,6 +22,7 @@ from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import claimed
 from r1mega.pipeline.worker import run_stages, stage_function
 from r1mega.report.progress import Progress
+from r1mega.stages.grpo import GrpoLoop
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs/tiny/base"
@@ -117,6 +118,48 @@ def test_drawing_ahead_and_in_pieces_is_off_policy_and_says_so(tmp_path: Path) -
     # The trainer's log-probs of what other weights drew are those of these weights: the engine's, but for rounding.
     assert all(row["rollout_gap/max"] <= 1e-4 for row in rows)
     assert all(1 < row["ratio/max"] < 3 for row in rows[2:])
+
+
+def test_drawing_ahead_and_in_pieces_is_off_policy_and_says_so(tmp_path: Path) -> None:
+    changes = ["staleness=1", "partial={segment: 8, extra_prompts: 4}", "updates=12", "save_every=0", "objective.kl_coef=0"]
+    _, rows = run(tmp_path / "run", "stages.zero.evaluation.every=4", *(f"stages.zero.{change}" for change in changes))
+    assert [row["update"] for row in rows if "eval/heldout/pass@1" in row] == [0, 4, 8, 12]
+    rows = [row for row in rows if "grad_norm" in row]
+    assert [row["update"] for row in rows] == list(range(1, 13))
+    # Two updates a rollout, one rollout ahead, and a response in at most two of them; the oldest are in a rollout's first minibatch.
+    assert rows[0]["staleness/max"] == 0 and rows[0]["ratio/max"] == 1
+    assert max(row["staleness/max"] for row in rows) == 4
+    assert all(row["staleness/mean"] >= 1 for row in rows[2:])
+    assert 0 < max(row["continued"] for row in rows) < 1
+    # The trainer's log-probs of what other weights drew are those of these weights: the engine's, but for rounding.
+    assert all(row["rollout_gap/max"] <= 1e-4 for row in rows)
+    assert all(1 < row["ratio/max"] < 3 for row in rows[2:])
+
+
+def test_a_run_that_draws_ahead_and_in_pieces_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ["staleness=1", "partial={segment: 8, extra_prompts: 4}", "updates=6", "updates_per_rollout=1", "save_every=3"]
+    overrides = ["stages.zero.evaluation=null", *(f"stages.zero.{change}" for change in changes)]
+    straight, expected = run(tmp_path / "straight", *overrides)
+    finish = GrpoLoop.finish_rollout
+
+    def stopped(self: GrpoLoop, update: int) -> None:
+        finish(self, update)
+        if update == 4:
+            self.checkpoints.wait()
+            raise ArithmeticError
+
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
+        patch.setattr(GrpoLoop, "finish_rollout", stopped)
+        run(tmp_path / "broken", *overrides)
+    broken, rows = run(tmp_path / "broken", *overrides)
+    assert all(torch.equal(one, other) for one, other in zip(_weights(straight), _weights(broken), strict=True))
+    kept = [[{key: value for key, value in row.items() if not key.startswith("seconds")} for row in found] for found in (expected, rows)]
+    assert kept[0] == kept[1] and [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["staleness/max"] > 0 for row in rows] == [False, True, True, False, True, True], "after a checkpoint drawing begins afresh"
+
+
+def _weights(stage: Path) -> list[torch.Tensor]:
+    return list(load_file(stage / "artifact/model.safetensors").values())
 
 
 def test_dapo_and_dr_grpo_are_settings(tmp_path: Path) -> None:
