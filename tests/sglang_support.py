@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline.model_folder import ModelFolder
@@ -34,10 +35,10 @@ def require() -> None:
 
 
 @contextmanager
-def served(model: Path, folder: Path) -> Iterator[Started]:
+def served(model: Path, folder: Path, tp: int = 1) -> Iterator[Started]:
     """A server of its own process group, ready."""
     require()
-    server = Started(Sglang(start_timeout_s=900), model, "float32", Surroundings("cpu", folder), 0)
+    server = Started(Sglang(start_timeout_s=900, layout=EngineLayout(tp=tp)), model, "float32", Surroundings("cpu", folder), 0)
     try:
         while not server.ready():
             pass
