@@ -22,7 +22,7 @@ from r1mega.weights.sync import full_plan
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "world"), [({"tp": 2, "ep": 2}, 2), ({"tp": 2, "pp": 2}, 4)])
+@pytest.mark.parametrize(("layout", "world"), [({"tp": 2, "ep": 2}, 2), ({"tp": 2, "ep": 2, "pp": 2}, 4)])
 def test_bytes_are_the_converters_and_as_many_as_predicted(tmp_path: Path, layout: dict[str, int], world: int) -> None:
     source = make(tmp_path / "bfloat16", BLOCKS)
     assert run(source, tmp_path / "block_fp8", "--to", "hf", "--fp8") == 0

@@ -45,9 +45,9 @@ def test_bytes_hold_what_they_name_and_no_more():
         assert [(m.name, m.shape, m.dtype, m.start_idx, m.end_idx) for m in read["metadata"]] == [
             ("a", (3, 5), torch.float32, 0, 60), ("b.weight", (2, 4), torch.bfloat16, 60, 76), ("c", (7,), torch.float8_e4m3fn, 76, 83),
         ]  # fmt: skip
-        (own,) = InBytes().payloads(named(BUCKET, flat), 1)
+        (own,) = InBytes().payloads(named(BUCKET, flat)[:2], 1)
         assert len(own) < 5000
-        for (name, value), (_, expected) in zip(pickle.loads(base64.b64decode(own)), named(BUCKET, flat), strict=True):
+        for (name, value), (_, expected) in zip(pickle.loads(base64.b64decode(own)), named(BUCKET, flat)[:2], strict=True):
             assert value.dtype == expected.dtype and torch.equal(value.view(torch.uint8), expected.view(torch.uint8)), name
 
 

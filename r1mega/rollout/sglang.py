@@ -24,7 +24,7 @@ from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
-from r1mega.rollout.sglang_payload import Carrier, carrier
+from r1mega.rollout.sglang_payload import Carrier, InBytes, carrier
 from r1mega.rollout.sglang_servers import Fleet, check_model, check_wire
 from r1mega.rollout.sglang_shards import OwnShards
 from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport, checksum
@@ -82,6 +82,8 @@ class SglangEngine:
     def _new_transport(self) -> Transport | OwnShards:
         assert self._carrier is not None
         if self._sglang.path == "shards":
+            if self._wire.block_fp8 and isinstance(self._carrier, InBytes):
+                raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
             return OwnShards(self._control, self._layout, self._carrier)
         if self._sglang.transport == "disk":
             return ByDisk(self._control, self._where.folder / "weights")
