@@ -1,6 +1,7 @@
 """What spawned trainer ranks do in test_megatron_gathering: gather buckets of their shards, with every message counted."""
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ def work(rank: int, world: int, port: int, folder: Path, layout: dict[str, int])
             with counted() as moved:
                 parts = [_found(policy.exchange.params(engine, r, wire, LIMIT, r, rank)) for r in range(engine.tp)]
             report[f"direct {name}"] = {"moved": moved}
+            again = [[bucket for bucket, _ in policy.exchange.params(engine, 0, wire, LIMIT, 0, rank)] for _ in range(2)]
+            assert len(again[0]) > 1 and all(map(operator.is_, *again)), "planned once"
             if rank < engine.tp:
                 _stored_as(engine, rank, policy.arch, parts[rank], stored)
                 for key, value in _found(whole.params(engine, rank, wire, LIMIT, rank, rank)).items():

@@ -72,6 +72,13 @@ def asked(process: subprocess.Popen, payload: str) -> list:
     return json.loads(process.stdout.readline().lower())
 
 
+def vanish(names: set[str]) -> None:
+    deadline = time.monotonic() + 120
+    while names & segments():
+        assert time.monotonic() < deadline, "a segment outlived its owner"
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 def test_segments_are_mapped_reused_and_removed():
     before, held = segments(), InSegments(2)
@@ -84,12 +91,17 @@ def test_segments_are_mapped_reused_and_removed():
             assert len(segments() - before) == min(turn + 1, 2)
         flat = filled(held.room)
         assert asked(one, held.payloads(named(BUCKET, flat), 1)[0]) == [True, True, int(flat[:60].sum())]
-        one.kill()  # in no one's middle: what it mapped is counted no more
-        one.wait()
+        # A server that is killed takes the names with it, and nobody else.
+        names = segments() - before
+        one.kill()
+        vanish(names)
+        held.close()
+        flat = filled(held.room)
+        assert asked(other, held.payloads(flattened(BUCKET, flat), 1)[0]) == [True, True, int(flat.sum())]
+        held.close()
+        assert segments() == before
         other.stdin.close()
-    del flat
-    held.close()
-    assert segments() == before
+        assert other.wait(60) == 0
 
 
 OWNER = """
@@ -99,27 +111,29 @@ held = InSegments(2)
 for _ in range(2):
     flat = held.room(10_000).fill_(1)
     print(held.payloads({"flattened_tensor": flat}, 1)[0], flush=True)
-time.sleep(600)
+sys.stdin.readline()
 """
 
 
 @pytest.mark.slow
-def test_segments_of_a_killed_process_are_removed():
-    """Both sides die at once, with a payload that was never read."""
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_process_that_ends_leaves_no_segments(killed):
+    """Neither killed, with a payload that was never read, nor without `close`; and though a server that it joined goes on."""
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     first = owner.stdout.readline()
     owner.stdout.readline()
     mine = {name for name in segments() if name.startswith(f"torch_{owner.pid}_")}
     assert len(mine) == 2
     with reader() as process:
         assert asked(process, first.strip()) == [True, True, 10_000]
-        for pid in (owner.pid, process.pid):
-            os.kill(pid, signal.SIGKILL)
-    owner.wait()
-    deadline = time.monotonic() + 60
-    while mine & segments():
-        assert time.monotonic() < deadline, "a segment outlived both of its users"
-        time.sleep(0.2)
+        if killed:
+            os.kill(owner.pid, signal.SIGKILL)
+        else:
+            owner.stdin.close()
+        assert owner.wait(60) == (-signal.SIGKILL if killed else 0)
+        vanish(mine)
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 def test_a_full_shared_memory_is_one_line(monkeypatch):

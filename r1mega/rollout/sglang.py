@@ -24,7 +24,7 @@ from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
-from r1mega.rollout.sglang_payload import Carrier, InBytes, carrier
+from r1mega.rollout.sglang_payload import InBytes, carrier
 from r1mega.rollout.sglang_servers import Fleet, check_model, check_wire
 from r1mega.rollout.sglang_shards import OwnShards
 from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport, checksum
@@ -51,7 +51,6 @@ class SglangEngine:
         self._layout = self._sglang.layout.model_copy(update={"device": where.platform, "servers": 1})
         self._arch = Architecture.from_hf(read_config(model_dir))
         check_wire(self._wire, self._arch, self._layout)
-        self._carrier: Carrier | None = None
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
         self._version = -1
@@ -67,29 +66,26 @@ class SglangEngine:
         known = ranks.shared(lambda: [(client.address, client.key) for client in fleet.clients] if fleet else [])
         self._pool = _Pool([Client(address, key) for address, key in known], self._sglang.concurrency, self._sglang.retries)
         self._control = Control(self._pool.clients, self._sglang.request_timeout_s)
-        self._carrier = self._carrier or self._new_carrier()
         self._transport = self._new_transport()
 
     def _check_models(self) -> None:
         for client in self._pool.clients:
             check_model(client, self._model_dir, self._layout)
 
-    def _new_carrier(self) -> Carrier:
-        # Two buckets at a time; of own shards, two of every engine rank.
-        buckets = 2 * (self._layout.tp if self._sglang.path == "shards" else 1)
-        return carrier(self._pool.clients, self._where.platform, self._sglang.transport == "request", buckets)
-
     def _new_transport(self) -> Transport | OwnShards:
-        assert self._carrier is not None
-        if self._sglang.path == "shards":
-            if self._wire.block_fp8 and isinstance(self._carrier, InBytes):
-                raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
-            return OwnShards(self._control, self._layout, self._carrier)
+        shards = self._sglang.path == "shards"
+        # Two buckets at a time; of own shards, two of every engine rank.
+        buckets = 2 * (self._layout.tp if shards else 1)
+        found = carrier(self._pool.clients, self._where.platform, self._sglang.transport == "request", buckets)
+        if shards and self._wire.block_fp8 and isinstance(found, InBytes):
+            raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
+        if shards:
+            return OwnShards(self._control, self._layout, found)
         if self._sglang.transport == "disk":
             return ByDisk(self._control, self._where.folder / "weights")
         if self._sglang.transport == "distributed":
             return ByBroadcast(self._control, self._layout.tp, "nccl" if self._where.platform == "cuda" else "gloo")
-        return ByTensor(self._control, self._layout.tp, self._carrier)
+        return ByTensor(self._control, self._layout.tp, found)
 
     # -------------------------------------------------------- weights
 
@@ -270,8 +266,6 @@ class SglangEngine:
         """End the servers that were started."""
         self._pool.close()
         self._transport.close()
-        if self._carrier is not None:
-            self._carrier.close()
         if self._fleet is not None:
             self._fleet.stop()
 

@@ -1,8 +1,7 @@
 """How tensors get into an SGLang process: their bytes in the request, or in memory that both sides map.
 
 SGLang unpickles a payload with an allow-list of torch's own reducers, so what is shared is shared by torch: a segment in /dev/shm (torch's
-"file_system" strategy; file descriptors cannot be handed to a process that is no relative) or a CUDA IPC handle. Segments are counted by
-their users, and a process of torch's own, `torch_shm_manager`, removes them when trainer and servers are gone, however they ended.
+"file_system" strategy; file descriptors cannot be handed to a process that is no relative) or a CUDA IPC handle.
 """
 
 import base64
@@ -61,31 +60,56 @@ class InBytes:
 
 
 class InSegments:
-    """Handles of shared memory, to servers on this machine. Buckets are put together there, so a rank copies its weights once.
+    """Names of shared memory, to servers on this machine. Buckets are put together there, so a rank copies its weights once.
 
-    Segments are used in turn and kept from sync to sync: a page that was never touched costs more than a copy.
+    Segments are used in turn and kept from sync to sync: a page that was never touched costs more than a copy. They are gone after `close`,
+    and when this process ends without it: `torch_shm_manager`, which torch starts beside every process that shares, removes what it left.
+    A server has one too, which removes what the server has mapped when that ends. So `close` after a server is lost; others are made then.
     """
 
     def __init__(self, count: int) -> None:
         """`count`: buckets that may be in use at once; one that is asked for after them is written over the first."""
-        self._segments: list[Tensor | None] = [None] * count
+        self._segments: list[_Segment | None] = [None] * count
         self._turn = 0
         self.room: Room | None = self._room
 
     def _room(self, nbytes: int) -> Tensor:
         place, self._turn = self._turn, (self._turn + 1) % len(self._segments)
         segment = self._segments[place]
-        if segment is None or segment.numel() < nbytes:
-            self._segments[place] = None
-            segment = self._segments[place] = _segment(nbytes)
-        return segment[:nbytes]
+        if segment is None or segment.values.numel() < nbytes:
+            self._remove(place)
+            segment = self._segments[place] = _Segment(nbytes)
+        return segment.values[:nbytes]
+
+    def _remove(self, place: int) -> None:
+        segment, self._segments[place] = self._segments[place], None
+        if segment is not None:
+            segment.file.unlink(missing_ok=True)
 
     def payloads(self, content: object, receivers: int) -> list[str]:
         with _by_name():
-            return [_pickled(ForkingPickler, content) for _ in range(receivers)]
+            return [_pickled(_ByName, content) for _ in range(receivers)]
 
     def close(self) -> None:
-        self._segments = [None] * len(self._segments)
+        for place in range(len(self._segments)):
+            self._remove(place)
+
+
+class _Segment:
+    """`values`: uint8 [nbytes] in /dev/shm. UserError when there is no room, which would end this process without a word later."""
+
+    def __init__(self, nbytes: int) -> None:
+        free = shutil.disk_usage(_SHM).free
+        if free < nbytes + _SPARE:
+            raise UserError(
+                f"weight sync: a bucket of {nbytes:,} bytes does not fit into {_SHM}, which has {free:,} bytes left; give the container "
+                "more (docker: --shm-size), choose a smaller rollout.sglang.bucket_bytes, or rollout.sglang.transport=request"
+            )
+        with _by_name():
+            self.values = torch.empty(nbytes, dtype=torch.uint8).share_memory_()
+            # Counts a user that never comes. The last user would remove the file, and end its process if somebody else had done so.
+            _, (_, _, name, _) = reductions.reduce_storage(self.values.untyped_storage())
+        self.file = _SHM / name.decode().lstrip("/")
 
 
 class InHandles:
@@ -155,6 +179,15 @@ class _ByValue(pickle.Pickler):
         return own.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
+class _ByName(ForkingPickler):
+    def reducer_override(self, obj: object) -> Any:
+        if not isinstance(obj, torch.UntypedStorage):
+            return NotImplemented
+        # Without the name of our manager a server asks its own, and ours, with what it inherited, does not live as long as the server.
+        rebuild, (kind, _, *rest) = reductions.reduce_storage(obj)
+        return rebuild, (kind, b"", *rest)
+
+
 class _ByDevice(ForkingPickler):
     def reducer_override(self, obj: object) -> Any:
         if not isinstance(obj, Tensor):
@@ -180,15 +213,3 @@ def _by_name() -> Iterator[None]:
         yield
     finally:
         mp.set_sharing_strategy(before)
-
-
-def _segment(nbytes: int) -> Tensor:
-    """uint8 [nbytes] in /dev/shm. UserError when there is no room, which would end this process without a word later."""
-    free = shutil.disk_usage(_SHM).free
-    if free < nbytes + _SPARE:
-        raise UserError(
-            f"weight sync: a bucket of {nbytes:,} bytes does not fit into {_SHM}, which has {free:,} bytes left; give the container more "
-            "(docker: --shm-size), choose a smaller rollout.sglang.bucket_bytes, or rollout.sglang.transport=request"
-        )
-    with _by_name():
-        return torch.empty(nbytes, dtype=torch.uint8).share_memory_()

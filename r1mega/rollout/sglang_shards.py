@@ -67,4 +67,5 @@ class OwnShards:
         self._control.derive()
 
     def close(self) -> None:
-        """Nothing here outlives a sync."""
+        """Free what is shared with servers."""
+        self._carrier.close()

@@ -138,7 +138,7 @@ class ByTensor:
         self._control.end()
 
     def close(self) -> None:
-        pass
+        self._carrier.close()
 
 
 def load(control: Control, payloads: Sequence[Sequence[str]], load_format: str, what: str) -> None:

@@ -36,6 +36,7 @@ from r1mega.megatron.exchange import Exchange
 from r1mega.pipeline import ranks
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_payload import InSegments
 from r1mega.rollout.sglang_servers import Started
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.canonical import canonical
@@ -139,9 +140,8 @@ class Bench:
         found: dict[str, Callable[[], object]] = {
             name: lambda e=engine: self.sync(e, self.exchange) for name, engine in self.engines.items()
         }
-        tensor = self.engines["tensor"]
-        room = tensor._carrier.room if tensor._carrier else None
-        found["gather"] = lambda: [None for _ in self.exchange.buckets(WIRE, self.limit, None, ranks.number(), room)]
+        segments, tensor = InSegments(2), self.engines["tensor"]
+        found["gather"] = lambda: [None for _ in self.exchange.buckets(WIRE, self.limit, None, ranks.number(), segments.room)]
         found["gathered first"] = lambda: self.sync(tensor, Mapped(self.arch, self.exchange.gather(torch.float32)))
         return found
 
