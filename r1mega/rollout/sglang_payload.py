@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ _SHM = Path("/dev/shm")
 _SPARE = 16 * 2**20
 _DEVICE = 6
 """Place of the GPU's number among the arguments of torch's `rebuild_cuda_tensor`."""
+_strategy = Lock()
 
 
 class Carrier(Protocol):
@@ -206,10 +208,11 @@ def _pickled(pickler: type[pickle.Pickler], content: object) -> str:
 
 @contextmanager
 def _by_name() -> Iterator[None]:
-    """Share tensors by the names of files in /dev/shm."""
-    before = mp.get_sharing_strategy()
-    mp.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        mp.set_sharing_strategy(before)
+    """Share tensors by the names of files in /dev/shm. Torch knows one strategy for all threads; one sends while another gathers."""
+    with _strategy:
+        before = mp.get_sharing_strategy()
+        mp.set_sharing_strategy("file_system")
+        try:
+            yield
+        finally:
+            mp.set_sharing_strategy(before)
