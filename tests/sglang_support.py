@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline.model_folder import ModelFolder
@@ -35,11 +36,12 @@ def require() -> None:
 
 
 @contextmanager
-def served(model: Path, folder: Path, dtype: str = "float32") -> Iterator[Started]:
+def served(model: Path, folder: Path, dtype: str = "float32", tp: int = 1) -> Iterator[Started]:
     """A server of its own process group, ready."""
     require()
     told = [sglang_routing.FLAG] if ModelFolder(model).arch.moe else []
-    server = Started(Sglang(start_timeout_s=900, arguments=told), model, dtype, Surroundings("cpu", folder), 0)
+    wanted = Sglang(start_timeout_s=900, arguments=told, layout=EngineLayout(tp=tp))
+    server = Started(wanted, model, dtype, Surroundings("cpu", folder), 0)
     try:
         while not server.ready():
             pass

@@ -194,11 +194,11 @@ def test_what_cannot_be_asked_is_refused_and_kills_nobody(joined):
 
 
 @pytest.mark.parametrize("limit", [1, 60_000, 2**28])
-@pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
+@pytest.mark.parametrize("transport", ["tensor", "request", "distributed", "disk"])
 def test_every_transport_brings_every_weight(served, tmp_path, transport, limit):
     server, model = served
     (tmp_path / "reference").mkdir()
-    seed = {"tensor": 1, "distributed": 2, "disk": 3}[transport]
+    seed = {"tensor": 1, "distributed": 2, "disk": 3, "request": 5}[transport]
     expected = support.reference(model, seed, tmp_path / "reference")
     with support.engine(server, model, tmp_path, transport=transport, bucket_bytes=limit) as engine:
         engine.sync(support.source(model, 50), version=49)

@@ -15,9 +15,11 @@ from megatron_support import cpu_platform
 
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
+from r1mega.rollout import sglang_shards
 from r1mega.rollout.engine import SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_sync import Control, load
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 MODEL = support.MODELS["llama"]
@@ -61,6 +63,36 @@ def test_a_server_killed_during_a_rollout_and_during_a_sync_loses_nothing(tmp_pa
         finally:
             engine.close()
         assert not psutil.pid_exists(engine._fleet.servers[0].pid)
+
+
+def test_a_server_killed_amid_own_shards_is_replaced_and_given_all_of_them(tmp_path, monkeypatch):
+    """Half of the new parameters are in when it dies; its successor gets every one, and what is derived from them."""
+    support.require()
+    model = support.MODELS["deepseek"]
+    with cpu_platform():
+        engine = SglangEngine(own(path="shards", layout={"tp": 2}, bucket_bytes=200_000), model, Surroundings("cpu", tmp_path))
+        try:
+            engine.sync(support.source(model, 0), version=3)
+            first, loaded = engine._fleet.servers[0], []
+
+            def fatal(control: Control, payloads: list[list[str]], load_format: str, what: str) -> None:
+                loaded.append((control.clients[0].address, what))
+                if len(loaded) == 4:
+                    os.killpg(first.pid, signal.SIGKILL)
+                load(control, payloads, load_format, what)
+
+            monkeypatch.setattr(sglang_shards, "load", fatal)
+            engine.sync(support.source(model, 1), version=4)
+            successor = engine._fleet.servers[0].client.address
+            rounds = [what for address, what in loaded if address == successor]
+            assert successor != first.client.address and len(loaded) == 4 + len(rounds)
+            assert rounds[:4] == [what for _, what in loaded[:4]] and len(rounds) > 6
+            (tmp_path / "reference").mkdir()
+            samples = engine.generate(support.requests(), PLAIN)
+            assert {sample.weight_version for sample in samples} == {4}
+            assert support.gap(support.reference(model, 1, tmp_path / "reference"), samples, PLAIN) <= 1e-4
+        finally:
+            engine.close()
 
 
 def test_a_server_dies_with_the_process_that_started_it(tmp_path):

@@ -108,20 +108,6 @@ def test_minibatches_of_one_rollout_are_off_policy_and_still_close(tmp_path: Pat
 
 def test_drawing_ahead_and_in_pieces_is_off_policy_and_says_so(tmp_path: Path) -> None:
     changes = ["staleness=1", "partial={segment: 8, extra_prompts: 4}", "updates=12", "save_every=0", "objective.kl_coef=0"]
-    _, rows = run(tmp_path / "run", "stages.zero.evaluation=null", *(f"stages.zero.{change}" for change in changes))
-    assert [row["update"] for row in rows] == list(range(1, 13))
-    # Two updates a rollout, one rollout ahead, and a response in at most two of them; the oldest are in a rollout's first minibatch.
-    assert rows[0]["staleness/max"] == 0 and rows[0]["ratio/max"] == 1
-    assert max(row["staleness/max"] for row in rows) == 4
-    assert all(row["staleness/mean"] >= 1 for row in rows[2:])
-    assert 0 < max(row["continued"] for row in rows) < 1
-    # The trainer's log-probs of what other weights drew are those of these weights: the engine's, but for rounding.
-    assert all(row["rollout_gap/max"] <= 1e-4 for row in rows)
-    assert all(1 < row["ratio/max"] < 3 for row in rows[2:])
-
-
-def test_drawing_ahead_and_in_pieces_is_off_policy_and_says_so(tmp_path: Path) -> None:
-    changes = ["staleness=1", "partial={segment: 8, extra_prompts: 4}", "updates=12", "save_every=0", "objective.kl_coef=0"]
     _, rows = run(tmp_path / "run", "stages.zero.evaluation.every=4", *(f"stages.zero.{change}" for change in changes))
     assert [row["update"] for row in rows if "eval/heldout/pass@1" in row] == [0, 4, 8, 12]
     rows = [row for row in rows if "grad_norm" in row]

@@ -39,7 +39,7 @@ def delivered(bucket, params, wire, links):
     assembly = Assembly(bucket, wire)
     for rank in bucket.messages:
         if rank == bucket.sender:
-            assembly.take_own(params[rank])
+            assembly.take_own(params[rank], rank)
             continue
         sent = message(params[rank], bucket, rank, wire)
         assert sent.dtype == torch.uint8 and sent.numel() == bucket.message_bytes(rank)

@@ -57,15 +57,30 @@ class Sglang(Closed):
     request_timeout_s: float = Field(1800.0, gt=0, description="seconds for one response, or one step of a weight sync")
     concurrency: int = Field(64, ge=1, description="requests of one rank under way at once, over all servers")
     retries: int = Field(3, ge=0, description="further attempts for a request that failed, for a dead server and for a sync")
-    transport: Literal["tensor", "distributed", "disk"] = Field(
+    path: Literal["full", "shards"] = Field(
+        "full",
+        description="what servers are sent: full: whole tensors, which every rank of a server cuts for itself, so any backend takes them; "
+        "shards: every rank its own parameters only, by transport tensor or request",
+    )
+    transport: Literal["tensor", "request", "distributed", "disk"] = Field(
         "tensor",
-        description="how weights reach servers: tensor: in requests, from any rank; distributed: by a broadcast of rank 0, over NCCL or "
-        "gloo; disk: by files in the run's folder, which servers must see",
+        description="how weights reach servers: tensor: by memory that servers on this machine map (shared memory, on GPUs CUDA IPC), as "
+        "request to any other; request: in HTTP requests; distributed: by a broadcast of rank 0, over NCCL or gloo; disk: by files in the "
+        "run's folder, which servers must see",
+    )
+    block_fp8: bool = Field(
+        False, description="send what DeepSeek's checkpoints quantise as e4m3 codes with a scale for every 128 x 128; for servers on GPUs"
     )
     bucket_bytes: int = Field(2**28, ge=1, description="bytes of weights that are gathered and sent at once")
     checksums: Literal["all", "none"] = Field(
         "all", description="all: after every sync compare the checksum of every parameter of a server, which CPU servers can; none: do not"
     )
+
+    @model_validator(mode="after")
+    def _path_has_its_transport(self) -> "Sglang":
+        if self.path == "shards" and self.transport not in ("tensor", "request"):
+            raise ValueError(f"path=shards needs transport=tensor or request; SGLang has no {self.transport} for it")
+        return self
 
     @field_validator("addresses")
     @classmethod

@@ -20,8 +20,8 @@ from r1mega.weights.direct import direct_plan
 from r1mega.weights.moving import Read, assemble, gather_local, load_local
 from r1mega.weights.placement import LocalParam, Spelling, placement
 from r1mega.weights.plan import ExportPlan, export_plan
-from r1mega.weights.source import Filled
-from r1mega.weights.sync import full_plan
+from r1mega.weights.source import Filled, Room
+from r1mega.weights.sync import Bucket, full_plan
 from r1mega.weights.wire import Wire
 
 
@@ -32,6 +32,7 @@ class Exchange:
         self._arch, self._layout, self._weights = arch, layout, weights
         self._spelling = Spelling(spec=platform.active().SPELLING, mtp_layer=model.mtp_layer_name())
         self._world, self._rank = dist.get_world_size(), dist.get_rank()
+        self._shards: dict[tuple[EngineLayout, int, Wire, int, int], tuple[Bucket, ...]] = {}
 
     @cached_property
     def placed(self) -> list[LocalParam]:
@@ -85,15 +86,21 @@ class Exchange:
         """See `gather`."""
         return self.gather(dtype).items()
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int, room: Room | None = None) -> Filled:
         """See `WeightSource.buckets`."""
         plan = _full_plan(self._arch, self._layout, self._world, self._spelling, wire, limit, None if senders is None else tuple(senders))
-        return gathered(plan.buckets, self._weights, wire, platform.active().device())
+        return gathered(plan.buckets, self._weights, wire, platform.active().device(), room=room)
 
-    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
-        """See `WeightSource.params`."""
-        plan = _direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, self._world)
-        return gathered(plan.buckets(self._world + engine_rank, limit), self._weights, wire, platform.active().device(), on)
+    def params(
+        self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int, room: Room | None = None
+    ) -> Filled:
+        """See `WeightSource.params`. Engine ranks are numbered as trainer ranks: what these hold themselves is sent by nobody."""
+        key = (engine, engine_rank, wire, limit, on)
+        if key not in self._shards:
+            plan = _direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire)
+            # Of a bucket that comes together elsewhere this rank need not know what the others send.
+            self._shards[key] = tuple(plan.buckets(engine_rank, limit, only=None if rank == on else rank))
+        return gathered(self._shards[key], self._weights, wire, platform.active().device(), on, room)
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

@@ -17,7 +17,7 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
-from r1mega.weights.source import Filled, Whole
+from r1mega.weights.source import Filled, Room, Whole
 from r1mega.weights.wire import Wire
 
 
@@ -83,15 +83,17 @@ class ModelFolder:
         with self.open() as reader:
             yield from reader.tensors(self.arch)
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int, room: Room | None = None) -> Filled:
         """The tensors in buckets (`WeightSource`)."""
         with self.open() as reader:
-            yield from Whole(self.arch, reader.read).buckets(wire, limit, rank)
+            yield from Whole(self.arch, reader.read).buckets(wire, limit, rank, room)
 
-    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+    def params(
+        self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int, room: Room | None = None
+    ) -> Filled:
         """An engine rank's parameters (`WeightSource`)."""
         with self.open() as reader:
-            yield from Whole(self.arch, reader.read).params(engine, engine_rank, wire, limit, on, rank)
+            yield from Whole(self.arch, reader.read).params(engine, engine_rank, wire, limit, on, rank, room)
 
     def write(self, target: Path, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """A copy of this folder with new weights. Tensors that `values` lacks (an untrained MTP layer) are taken over from here.

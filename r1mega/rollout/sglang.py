@@ -15,7 +15,6 @@ from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
@@ -28,12 +27,13 @@ from r1mega.rollout.routing import check_routing
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_memory import Memory, Part
-from r1mega.rollout.sglang_servers import Fleet, check_model
-from r1mega.rollout.sglang_sync import ByDisk, Control, Failed, InRequests, Transport, checksum
+from r1mega.rollout.sglang_payload import InBytes, carrier
+from r1mega.rollout.sglang_servers import Fleet, check_model, check_wire
+from r1mega.rollout.sglang_shards import OwnShards
+from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport, checksum
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.shipping import tensors
 from r1mega.weights.source import WeightSource
-from r1mega.weights.sync import Bucket
 from r1mega.weights.wire import Wire
 
 T = TypeVar("T")
@@ -51,8 +51,9 @@ class SglangEngine:
         """Start or find the servers and wait for them; every rank calls it. UserError, one line, where that fails."""
         self._arch = Architecture.from_hf(read_config(model_dir))
         self._settings, self._sglang, self._where, self._model_dir = settings, _started_for(settings, self._arch), where, model_dir
-        self._wire = Wire(settings.dtype)
-        self._layout = self._sglang.layout.model_copy(update={"device": where.platform})
+        self._wire = Wire(settings.dtype, self._sglang.block_fp8)
+        self._layout = self._sglang.layout.model_copy(update={"device": where.platform, "servers": 1})
+        check_wire(self._wire, self._arch, self._layout)
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
         self._version = -1
@@ -80,12 +81,20 @@ class SglangEngine:
         for client in self._pool.clients:
             check_model(client, self._model_dir, self._layout)
 
-    def _new_transport(self) -> Transport:
+    def _new_transport(self) -> Transport | OwnShards:
+        shards = self._sglang.path == "shards"
+        # Two buckets at a time; of own shards, two of every engine rank.
+        buckets = 2 * (self._layout.tp if shards else 1)
+        found = carrier(self._pool.clients, self._where.platform, self._sglang.transport == "request", buckets)
+        if shards and self._wire.block_fp8 and isinstance(found, InBytes):
+            raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
+        if shards:
+            return OwnShards(self._control, self._layout, found)
         if self._sglang.transport == "disk":
             return ByDisk(self._control, self._where.folder / "weights")
         if self._sglang.transport == "distributed":
-            return ByBroadcast(self._control, self._sglang.layout.tp, "nccl" if self._where.platform == "cuda" else "gloo")
-        return InRequests(self._control, self._sglang.layout.tp)
+            return ByBroadcast(self._control, self._layout.tp, "nccl" if self._where.platform == "cuda" else "gloo")
+        return ByTensor(self._control, self._layout.tp, found)
 
     # -------------------------------------------------------- weights
 
@@ -118,17 +127,17 @@ class SglangEngine:
 
     def _sent(self, source: WeightSource) -> str | None:
         """Send this rank's buckets, each while the next is gathered; why that failed. Gathering goes on then: other ranks take part."""
+        transport, limit = self._transport, self._sglang.bucket_bytes
+        if isinstance(transport, OwnShards):
+            return transport.send(source, self._wire, limit)
         error: str | None = None
         under_way: Future[str | None] | None = None
         with ThreadPoolExecutor(1) as thread:
-            for bucket, flat in source.buckets(self._wire, self._sglang.bucket_bytes, self._transport.senders, ranks.number()):
+            for bucket, flat in source.buckets(self._wire, limit, transport.senders, ranks.number(), transport.room):
                 if flat is not None:
                     error = error or (under_way.result() if under_way else None)
-                    under_way = None if error else thread.submit(self._send, bucket, flat)
+                    under_way = None if error else thread.submit(_failure, partial(transport.send, bucket, flat))
             return error or (under_way.result() if under_way else None)
-
-    def _send(self, bucket: Bucket, flat: Tensor) -> str | None:
-        return _failure(lambda: self._transport.send(bucket, flat))
 
     def differing(self, source: WeightSource) -> Differences | None:
         """Compare checksums of all parameters of all servers; None on GPUs, where SGLang hashes with another function."""

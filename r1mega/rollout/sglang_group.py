@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from r1mega.rollout.sglang_client import Refused, Unanswered
 from r1mega.rollout.sglang_sync import Control, Failed
+from r1mega.weights.source import Room
 from r1mega.weights.sync import Bucket
 
 _JOIN_S = 300.0
@@ -26,6 +27,7 @@ class ByBroadcast:
     """A process group of rank 0 of the trainer and every rank of every server; it lasts until a sync fails in it."""
 
     senders: Sequence[int] | None = (0,)
+    room: Room | None = None
 
     def __init__(self, control: Control, tp: int, backend: str) -> None:
         """`backend`: "gloo" or "nccl"."""

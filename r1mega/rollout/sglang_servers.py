@@ -18,13 +18,18 @@ from r1mega.process import die_with_parent
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.weights.architecture import Architecture, read_config
-from r1mega.weights.engine import engine_params
+from r1mega.weights.blocks import BLOCK
+from r1mega.weights.canonical import canonical
+from r1mega.weights.engine import check_block_fp8, engine_params
+from r1mega.weights.wire import Wire
 
 _LAUNCHER = Path(__file__).with_name("sglang_serve.py")
 _KEY = "R1MEGA_ENGINE_KEY"
 _CPU_TOKENS = 65_536
 _UNSAID = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """Keys of DeepSeek-V3's config.json that SGLang reads and `transformers`, which has no others, does not write."""
+_BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+"""What a checkpoint in DeepSeek's block FP8 says of itself; the model folder of a run need not be one."""
 _LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 _LOOK_S = 1.0
 _ANSWER_S = 30.0
@@ -63,8 +68,12 @@ def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port
     config = read_config(model_dir)
     # SGLang ends a sequence, without a word, two tokens before the context is full.
     found += ["--context-length", str(Architecture.from_hf(config).max_positions + 2)]
-    absent = {key: value for key, value in _UNSAID.items() if key not in config}
-    if config.get("model_type") == "deepseek_v3" and absent:
+    absent: dict[str, object] = {}
+    if config.get("model_type") == "deepseek_v3":
+        absent = {key: value for key, value in _UNSAID.items() if key not in config}
+    if settings.block_fp8:
+        absent["quantization_config"] = _BLOCK_FP8
+    if absent:
         found += ["--json-model-override-args", json.dumps(absent)]
     found += ["--max-running-requests", str(settings.max_running_requests)]
     found += ["--tp-size", str(layout.tp), "--ep-size", str(layout.ep), "--attn-dp-size", str(layout.attn_dp)]
@@ -235,6 +244,19 @@ class Fleet:
         """End what was started."""
         for server in self.servers:
             server.stop()
+
+
+def check_wire(wire: Wire, arch: Architecture, layout: EngineLayout) -> None:
+    """UserError, one line, when these weights cannot be sent so, or a server of this layout could not take them."""
+    wire.check(arch)
+    if not wire.block_fp8:
+        return
+    if layout.device == "cpu":
+        raise UserError("rollout.sglang.block_fp8: SGLang's FP8 kernels need a GPU; leave it out on a CPU")
+    shapes = {tensor.name: tensor.shape for tensor in canonical(arch)}
+    for param in engine_params(arch, layout, 0):
+        if wire.quantises(param.storage):
+            check_block_fp8(param, shapes)
 
 
 def check_model(client: Client, model_dir: Path, layout: EngineLayout) -> None:

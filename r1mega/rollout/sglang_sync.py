@@ -3,16 +3,12 @@
 Nothing is served between the pause and the end of a sync that went well, so no sample is drawn from mixed weights.
 """
 
-import base64
 import hashlib
-import io
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +16,9 @@ from torch import Tensor
 
 from r1mega.rollout.engine import Differences
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
+from r1mega.rollout.sglang_payload import Carrier, flattened
 from r1mega.weights.shipping import tensors
+from r1mega.weights.source import Room
 from r1mega.weights.sync import Bucket
 
 
@@ -35,18 +33,18 @@ class Control:
     clients: Sequence[Client]
     timeout_s: float
 
-    def each(self, call: Callable[[Client], Any]) -> list[Any]:
-        """`call` of every server at the same time. Failed, of the first that does not do it."""
-        with ThreadPoolExecutor(len(self.clients)) as threads:
-            pending = [threads.submit(call, client) for client in self.clients]
-        try:
-            return [future.result() for future in pending]
-        except (Unanswered, Refused) as error:
-            raise Failed(str(error)) from None
-
     def post(self, path: str, body: Any) -> list[Any]:
         """The same request to every server; Failed where one says that it did not succeed."""
-        answers = self.each(lambda client: client.post(path, body, self.timeout_s))
+        return self.post_each(path, [body] * len(self.clients))
+
+    def post_each(self, path: str, bodies: Sequence[Any]) -> list[Any]:
+        """A request of its own to every server, at the same time. Failed, of the first that does not answer or did not succeed."""
+        with ThreadPoolExecutor(len(self.clients)) as threads:
+            pending = [threads.submit(client.post, path, body, self.timeout_s) for client, body in zip(self.clients, bodies, strict=True)]
+        try:
+            answers = [future.result() for future in pending]
+        except (Unanswered, Refused) as error:
+            raise Failed(str(error)) from None
         for client, answer in zip(self.clients, answers, strict=True):
             if isinstance(answer, dict) and answer.get("success") is False:
                 raise Failed(f"{client.address}{path}: {' '.join(str(answer.get('message')).split())[:300]}")
@@ -63,7 +61,12 @@ class Control:
         self.post("/begin_weight_update", {"selector": "all"})
 
     def end(self) -> None:
-        """Close the session: the engine derives what it derives from weights."""
+        """Close the session: the engine finishes what it does to loaded weights."""
+        self.post("/end_weight_update", {})
+
+    def derive(self) -> None:
+        """Have the engine compute anew what it derives from weights, MLA's `w_kc` and `w_vc`: at the end of a session without loads."""
+        self.post("/begin_weight_update", {"selector": "all"})
         self.post("/end_weight_update", {})
 
     def differing(self, wanted: Sequence[Mapping[str, str]]) -> dict[str, Differences]:
@@ -96,11 +99,19 @@ def checksum(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
+def contents(bucket: Bucket) -> str:
+    """A bucket's tensors in a few words, for a line that says what a server was taking."""
+    names = [entry.name for entry in bucket.entries]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} tensors)"
+
+
 class Transport(Protocol):
-    """How buckets reach servers."""
+    """How buckets of full tensors reach servers."""
 
     senders: Sequence[int] | None
     """Ranks that can send; None: every one."""
+    room: Room | None
+    """Where buckets have to be put together; None: anywhere."""
 
     def begin(self) -> None:
         """On rank 0, before the first bucket. Failed when servers are not ready for it."""
@@ -112,36 +123,46 @@ class Transport(Protocol):
         """On rank 0, after all buckets were sent."""
 
     def close(self) -> None:
-        """Free what lasts longer than a sync."""
+        """Free what does not outlive a server."""
 
 
-class InRequests:
-    """`tensor`: the bytes stand in the request. Any rank can send; it needs no network but HTTP."""
+class ByTensor:
+    """`tensor` and `request`: any rank can send."""
 
     senders: Sequence[int] | None = None
 
-    def __init__(self, control: Control, tp: int) -> None:
-        self._control, self._tp = control, tp
+    def __init__(self, control: Control, tp: int, carrier: Carrier) -> None:
+        self._control, self._tp, self._carrier, self.room = control, tp, carrier, carrier.room
 
     def begin(self) -> None:
         self._control.begin()
 
     def send(self, bucket: Bucket, flat: Tensor) -> None:
-        payload = base64.b64encode(_pickled(bucket, flat)).decode()
-        body = {"serialized_named_tensors": [payload] * self._tp, "load_format": "flattened_bucket", "flush_cache": False}
-        self._control.post("/update_weights_from_tensor", body)
+        payloads = self._carrier.payloads(flattened(bucket, flat), self._tp * len(self._control.clients))
+        parts = [payloads[first : first + self._tp] for first in range(0, len(payloads), self._tp)]
+        load(self._control, parts, "flattened_bucket", contents(bucket))
 
     def end(self) -> None:
         self._control.end()
 
     def close(self) -> None:
-        pass
+        self._carrier.close()
+
+
+def load(control: Control, payloads: Sequence[Sequence[str]], load_format: str, what: str) -> None:
+    """Have servers load tensors; `payloads[s][r]` is for rank r of server s. Failed, saying `what`, where one does not."""
+    bodies = [{"serialized_named_tensors": list(part), "load_format": load_format, "flush_cache": False} for part in payloads]
+    try:
+        control.post_each("/update_weights_from_tensor", bodies)
+    except Failed as error:
+        raise Failed(f"{error}, while it loaded {what}") from None
 
 
 class ByDisk:
     """`disk`: safetensors files in a folder that servers see too."""
 
     senders: Sequence[int] | None = None
+    room: Room | None = None
 
     def __init__(self, control: Control, folder: Path) -> None:
         self._control, self._folder = control, folder
@@ -164,23 +185,3 @@ class ByDisk:
     def close(self) -> None:
         for file in self._folder.glob("*.safetensors"):
             file.unlink()
-
-
-def _pickled(bucket: Bucket, flat: Tensor) -> bytes:
-    """A flattened bucket as SGLang reads it: its unpickler takes tensors and namespaces, and no class of ours."""
-    metadata = [
-        SimpleNamespace(
-            name=entry.name,
-            shape=torch.Size(entry.shape),
-            dtype=getattr(torch, entry.dtype),
-            start_idx=entry.offset,
-            end_idx=entry.offset + entry.nbytes,
-            numel=entry.nbytes,
-        )
-        for entry in bucket.entries
-    ]
-    # A view would be pickled with all of its storage.
-    whole = flat if flat.untyped_storage().nbytes() == bucket.nbytes else flat.clone()
-    written = io.BytesIO()
-    pickle.Pickler(written, protocol=pickle.HIGHEST_PROTOCOL).dump({"flattened_tensor": whole, "metadata": metadata})
-    return written.getvalue()

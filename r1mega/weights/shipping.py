@@ -14,14 +14,17 @@ from r1mega.weights.sync import Bucket, Segment
 from r1mega.weights.wire import DType, Wire
 
 
-def message(params: Params, bucket: Bucket, rank: int, wire: Wire) -> Tensor:
+def message(params: Params, bucket: Bucket, rank: int, wire: Wire, out: Tensor | None = None) -> Tensor:
     """What a rank sends to the bucket's sender.
+
+    Args:
+        out: where to write it; made when left out.
 
     Returns:
         uint8 [bucket.message_bytes(rank)], on the parameters' device.
     """
     segments = bucket.messages[rank]
-    out = torch.empty(bucket.message_bytes(rank), dtype=torch.uint8, device=_device(params))
+    out = torch.empty(bucket.message_bytes(rank), dtype=torch.uint8, device=_device(params)) if out is None else out
     for segment, values in _read(params, segments, wire):
         _segment_of(out, segment).copy_(values)
     return out
@@ -56,9 +59,9 @@ class Assembly:
         for segment in self.bucket.messages[rank]:
             self._place(segment, _segment_of(received, segment))
 
-    def take_own(self, params: Params) -> None:
-        """What the sender gives itself, without a message."""
-        for segment, values in _read(params, self.bucket.messages.get(self.bucket.sender, ()), self._wire):
+    def take_own(self, params: Params, rank: int) -> None:
+        """What the rank that gathers gives itself, without a message."""
+        for segment, values in _read(params, self.bucket.messages.get(rank, ()), self._wire):
             self._place(segment, values)
 
     def finish(self) -> Tensor:

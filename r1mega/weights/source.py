@@ -1,6 +1,6 @@
 """Where an engine's weights come from: the shards of a trainer, a folder, tensors in memory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -10,18 +10,26 @@ from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
+from r1mega.weights import fp8
 from r1mega.weights.architecture import Architecture
+from r1mega.weights.blocks import SCALE, scale_box
 from r1mega.weights.boxes import Box
-from r1mega.weights.direct import direct_plan
+from r1mega.weights.direct import DirectPlan, direct_plan
 from r1mega.weights.engine import engine_params
 from r1mega.weights.moving import Read, reader_of
 from r1mega.weights.placement import Spelling
-from r1mega.weights.shipping import tensors
+from r1mega.weights.shipping import tensors, torch_dtype
 from r1mega.weights.sync import Bucket, FullPlan, full_plan
 from r1mega.weights.wire import Wire
 
 Filled = Iterator[tuple[Bucket, Tensor | None]]
 """Buckets, and the bytes of each (uint8 [bucket.nbytes]) on the one rank that has it."""
+
+Room = Callable[[int], Tensor]
+"""Where a bucket is put together: uint8 [nbytes], asked for on the rank that gathers it, and written over."""
+
+Region = tuple[Box, str, Box]
+"""A box of what is sent, as a matrix, and which box of which canonical tensor stands there."""
 
 
 class WeightSource(Protocol):
@@ -34,7 +42,7 @@ class WeightSource(Protocol):
     def tensors(self, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
         """Every canonical tensor, whole, on every rank; in `dtype` where the source has to make them, else as they are."""
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int, room: Room | None = None) -> Filled:
         """The same tensors in buckets, of which no rank holds more than two at a time.
 
         Args:
@@ -42,9 +50,12 @@ class WeightSource(Protocol):
             limit: bytes of a bucket.
             senders: ranks that buckets may be gathered on; None: any.
             rank: this one.
+            room: where buckets are put together; None: in memory of their own.
         """
 
-    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+    def params(
+        self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int, room: Room | None = None
+    ) -> Filled:
         """The parameters of one rank of a server as it keeps them, gathered on rank `on`. What nobody holds, padding, is zero."""
 
 
@@ -55,30 +66,49 @@ class Whole:
     arch: Architecture
     read: Read
 
-    def buckets(self, wire: Wire, limit: int, rank: int) -> Filled:
+    def buckets(self, wire: Wire, limit: int, rank: int, room: Room | None = None) -> Filled:
         """See `WeightSource.buckets`."""
         for bucket in _whole_plan(self.arch, wire, limit).buckets:
-            yield bucket, self._filled(bucket) if rank == bucket.sender else None
+            shapes = {entry.name: entry.shape for entry in bucket.entries}
 
-    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+            def whole(name: str, shapes: Mapping[str, tuple[int, ...]] = shapes) -> Iterable[Region]:
+                return [(Box.whole(shapes[name]), name, Box.whole(shapes[name]))]
+
+            yield bucket, self._filled(bucket, wire, whole, room) if rank == bucket.sender else None
+
+    def params(
+        self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int, room: Room | None = None
+    ) -> Filled:
         """See `WeightSource.params`."""
         placed = {param.name: param for param in engine_params(self.arch, engine, engine_rank)}
-        plan = direct_plan(self.arch, Layout(), 1, Spelling(), engine, wire, first=1)
-        for bucket in plan.buckets(1 + engine_rank, limit):
-            flat = None
-            if rank == on:
-                flat = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-                for name, value in tensors(bucket, flat):
-                    values = value.view(placed[name].shape)
-                    for piece in placed[name].pieces:
-                        values[piece.box.slices].copy_(self.read(piece.tensor, piece.source))
-            yield bucket, flat
 
-    def _filled(self, bucket: Bucket) -> Tensor:
-        flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        for name, value in tensors(bucket, flat):
-            value.copy_(self.read(name, Box.whole(tuple(value.shape))))
+        def pieces(name: str) -> Iterable[Region]:
+            return ((piece.box, piece.tensor, piece.source) for piece in placed[name].pieces)
+
+        for bucket in _whole_direct_plan(self.arch, engine, wire).buckets(engine_rank, limit):
+            yield bucket, self._filled(bucket, wire, pieces, room) if rank == on else None
+
+    def _filled(self, bucket: Bucket, wire: Wire, regions: Callable[[str], Iterable[Region]], room: Room | None) -> Tensor:
+        flat = torch.empty(bucket.nbytes, dtype=torch.uint8) if room is None else room(bucket.nbytes)
+        flat.zero_()
+        views = dict(tensors(bucket, flat))
+        for name, value in views.items():
+            if name.endswith(SCALE):
+                continue
+            scales = views.get(name + SCALE)
+            for box, tensor, source in regions(name):
+                read = self.read(tensor, source)
+                if scales is not None:
+                    # No region cuts a block: engines that would are refused.
+                    read, found = fp8.quantise(read.to(torch_dtype(wire.dtype)))
+                    _matrix(scales)[scale_box(box).slices] = found
+                _matrix(value)[box.slices] = read
         return flat
+
+
+def _matrix(value: Tensor) -> Tensor:
+    """With the leading axes folded into the rows."""
+    return value.flatten(0, -2) if value.ndim > 2 else value
 
 
 @dataclass(frozen=True)
@@ -96,13 +126,15 @@ class Mapped:
         """See `WeightSource.tensors`."""
         return ((name, self._rounded(weight)) for name, weight in self.weights.items())
 
-    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int) -> Filled:
+    def buckets(self, wire: Wire, limit: int, senders: Sequence[int] | None, rank: int, room: Room | None = None) -> Filled:
         """See `WeightSource.buckets`."""
-        return self._whole.buckets(wire, limit, rank)
+        return self._whole.buckets(wire, limit, rank, room)
 
-    def params(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int) -> Filled:
+    def params(
+        self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int, room: Room | None = None
+    ) -> Filled:
         """See `WeightSource.params`."""
-        return self._whole.params(engine, engine_rank, wire, limit, on, rank)
+        return self._whole.params(engine, engine_rank, wire, limit, on, rank, room)
 
     @property
     def _whole(self) -> Whole:
@@ -116,3 +148,8 @@ class Mapped:
 @lru_cache(maxsize=4)
 def _whole_plan(arch: Architecture, wire: Wire, limit: int) -> FullPlan:
     return full_plan(arch, Layout(), 1, Spelling(), wire, limit)
+
+
+@lru_cache(maxsize=4)
+def _whole_direct_plan(arch: Architecture, engine: EngineLayout, wire: Wire) -> DirectPlan:
+    return direct_plan(arch, Layout(), 1, Spelling(), engine, wire)
