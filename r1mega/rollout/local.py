@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ class _Flight:
 
     def _routed(self, rows: int, tokens: int) -> Tensor:
         """Experts [rows, tokens, sparse layers, top_k] of the pass that has just run."""
-        found = torch.stack([layer.routed for layer in self.sparse], dim=1)
+        found = torch.stack([cast(Tensor, layer.routed) for layer in self.sparse], dim=1)
         return found.view(rows, tokens, *found.shape[1:]).to(self.routing.dtype)
 
     def _draw(self, first: int, hidden: Tensor) -> None:

@@ -4,7 +4,7 @@ Nothing is served between the pause and the end of a sync that went well, so no 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,18 +33,22 @@ class Control:
     clients: Sequence[Client]
     timeout_s: float
 
+    def each(self, call: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
+        """`call(client, ...)` of every server at the same time, each with its own of what is given. Failed, of the first that fails."""
+        with ThreadPoolExecutor(len(self.clients)) as threads:
+            pending = [threads.submit(call, *each) for each in zip(self.clients, *given, strict=True)]
+        try:
+            return [future.result() for future in pending]
+        except (Unanswered, Refused) as error:
+            raise Failed(str(error)) from None
+
     def post(self, path: str, body: Any) -> list[Any]:
         """The same request to every server; Failed where one says that it did not succeed."""
         return self.post_each(path, [body] * len(self.clients))
 
     def post_each(self, path: str, bodies: Sequence[Any]) -> list[Any]:
-        """A request of its own to every server, at the same time. Failed, of the first that does not answer or did not succeed."""
-        with ThreadPoolExecutor(len(self.clients)) as threads:
-            pending = [threads.submit(client.post, path, body, self.timeout_s) for client, body in zip(self.clients, bodies, strict=True)]
-        try:
-            answers = [future.result() for future in pending]
-        except (Unanswered, Refused) as error:
-            raise Failed(str(error)) from None
+        """A request of its own to every server; Failed where one says that it did not succeed."""
+        answers = self.each(lambda client, body: client.post(path, body, self.timeout_s), bodies)
         for client, answer in zip(self.clients, answers, strict=True):
             if isinstance(answer, dict) and answer.get("success") is False:
                 raise Failed(f"{client.address}{path}: {' '.join(str(answer.get('message')).split())[:300]}")
