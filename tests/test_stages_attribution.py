@@ -124,3 +124,18 @@ def test_a_wrong_temperature_is_found(policy, previous, claimed, drawn) -> None:
     assert [cause.name for cause in said.causes] == ["sampling"]
     assert found.fitted_temperature == pytest.approx(drawn, rel=0.01)
     assert f"not {claimed:g}" in said.line
+
+
+def test_other_experts_than_the_trainers_are_routing(policy, monkeypatch) -> None:
+    """An engine whose routers lean otherwise, as those of other kernels do, has the trainer's weights and another choice of experts."""
+    engine = synced(policy)
+    leaning = torch.tensor([0.3, -0.3] * 32)[: policy.arch.moe.experts]
+    monkeypatch.setattr(engine, "differing", lambda source: None)  # nobody can tell, as on a GPU
+    for place in (name for name in engine._places if name.endswith("e_score_correction_bias")):
+        engine._places[place].add_(leaning)
+    recording = SamplingParams(1.0, 1.0, (2,), routing=True)
+    found, said = looked_at(policy, engine, recording)
+    assert [cause.name for cause in said.causes] == ["routing"]
+    assert found.replayed is not None and float((found.replayed - found.recorded).abs().max()) <= 1e-4
+    replayed, quiet = looked_at(policy, engine, recording, replays=True)
+    assert replayed.replayed is None and quiet.causes == []

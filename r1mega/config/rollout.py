@@ -103,10 +103,11 @@ class Rollout(Closed):
     engine: Literal["local", "sglang"] = Field("local", description="local: in the trainer's processes, on CPU; sglang: servers")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the engine's weights")
     batch: int = Field(512, ge=1, description="most sequences decoded at once by one embedded engine")
-    routing_replay: Literal["off", "rollout"] = Field(
+    routing_replay: Literal["off", "record", "rollout"] = Field(
         "off",
         description="rollout: stages of kind grpo train each token through the experts that it went through in the engine (R3, "
-        "arXiv 2510.11370), for models with experts; off: through those that the trainer's routers choose",
+        "arXiv 2510.11370), for models with experts; off: through those that the trainer's routers choose; record: these too, and the "
+        "engine's are known when the cause of a gap is looked for",
     )
     sglang: Sglang = Field(default_factory=Sglang, description="the servers of engine=sglang")
 

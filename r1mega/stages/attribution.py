@@ -13,6 +13,7 @@ from r1mega.pipeline import ranks
 from r1mega.rollout.ask import sample_seed, scores
 from r1mega.rollout.attribution import Facts, fitted_temperature, nucleus_logprobs
 from r1mega.rollout.engine import Differences, Engine, Request, Sample, SamplingParams, Scoring
+from r1mega.stages.minibatch import routing_extras
 from r1mega.weights.source import WeightSource
 
 _TOP = 64
@@ -22,15 +23,15 @@ _TOP = 64
 class Reader:
     """The trainer's log-probs of given tokens, on every rank."""
 
-    def __init__(self, policy: Policy, scorings: Sequence[Scoring]) -> None:
-        """Pack the sequences; every rank has all of them."""
+    def __init__(self, policy: Policy, scorings: Sequence[Scoring], extras: Sequence[dict[str, Tensor]] | None = None) -> None:
+        """Pack the sequences; every rank has all of them. `extras`: more to go with each, the experts that its tokens are sent through."""
         self._policy, self._tokens = policy, 0
         sequences: list[TokenSequence] = []
-        for one in scorings:
+        for one, more in zip(scorings, extras or [{}] * len(scorings), strict=True):
             places = torch.full((len(one.ids),), -1)
             places[one.start :] = self._tokens + torch.arange(len(one.ids) - one.start)
             self._tokens += len(one.ids) - one.start
-            sequences.append(TokenSequence(torch.tensor(one.ids), (places >= 0).float(), {"place": places}))
+            sequences.append(TokenSequence(torch.tensor(one.ids), (places >= 0).float(), {"place": places, **more}))
         self._batches: list[LocalBatch] = policy.microbatches(sequences)
 
     def logprobs(self, temperature: float) -> Tensor:
@@ -50,6 +51,8 @@ class Side:
     version: int
     """Of the trainer's weights."""
     engine_dtype: str
+    replays: bool = False
+    """Whether the trainer replays the engine's choice of experts."""
     previous: Sequence[Tensor] | None = None
     """The trainer's weights of the sync before, as `Policy.host_copy` gives them."""
 
@@ -70,13 +73,15 @@ def facts(policy: Policy, engine: Engine, samples: Sequence[Sample], sampling: S
     drawn = _drawn(engine, samples, sampling, new, seed)
     differing = _compared(engine, policy.exchange)
 
-    reader = Reader(policy, scorings)
+    routing = [routing_extras(one) for one in samples]
+    reader = Reader(policy, scorings, routing if side.replays else None)
     recorded = torch.tensor([logprob for one in samples for logprob in one.logprobs], dtype=torch.float64)
     trainer, plain = reader.logprobs(temperature), reader.logprobs(1.0)
     fitted, at_fitted = fitted_temperature(recorded, reader.logprobs, temperature)
     nucleus = None
     if top_p < 1:
         nucleus = nucleus_logprobs(trainer, plain, torch.cat([one.top_logprobs for one in read]).double(), temperature, top_p)
+    replayed = Reader(policy, scorings, routing).logprobs(temperature) if all(routing) and not side.replays else None
     previous = differing_previous = None
     if side.previous is not None:
         with policy.holding(side.previous):
@@ -96,6 +101,7 @@ def facts(policy: Policy, engine: Engine, samples: Sequence[Sample], sampling: S
         engine_dtype=side.engine_dtype,
         trainer_dtype=policy.train.dtype if policy.train.fp8 == "none" else f"fp8 ({policy.train.fp8})",
         nucleus=nucleus,
+        replayed=replayed,
         differing=differing,
         differing_previous=differing_previous,
         previous=previous,

@@ -71,8 +71,8 @@ class GrpoLoop:
         self.ctx, self.stage, self.model, self.policy = ctx, stage, model, policy
         room = model.prompt_room(largest(stage.sampling.max_new_tokens))
         self.questions = {name: _questions(prompts, model, room) for name, prompts in stage.prompts.items()}
-        routing = ctx.recipe.rollout.routing_replay == "rollout"
-        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name, routing)
+        recorded = ctx.recipe.rollout.routing_replay != "off"
+        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name, recorded)
         suites = stage.evaluation.suites if stage.evaluation else {}
         self.benchmarks = [
             stack.enter_context(Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges)) for name, suite in suites.items()
@@ -97,7 +97,8 @@ class GrpoLoop:
         rollout = self._roll_out(update)
         size = stage.prompts_per_rollout // stage.updates_per_rollout
         count = min(stage.updates_per_rollout, stage.updates - update)
-        minibatches = [Minibatch(rollout, slice(size * i, size * (i + 1)), stage.objective) for i in range(count)]
+        replays = self.ctx.recipe.rollout.routing_replay == "rollout"
+        minibatches = [Minibatch(rollout, slice(size * i, size * (i + 1)), stage.objective, replays) for i in range(count)]
         temperature = at(stage.sampling.temperature, update)
         with _timed(rollout.seconds, "logprobs"):
             batches = [self.policy.microbatches(minibatch.sequences) for minibatch in minibatches]

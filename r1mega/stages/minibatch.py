@@ -59,7 +59,8 @@ class Rollout:
 class Minibatch:
     """Whole groups of one rollout, turned into weighted token sequences."""
 
-    def __init__(self, rollout: Rollout, groups: slice, objective: GrpoObjective) -> None:
+    def __init__(self, rollout: Rollout, groups: slice, objective: GrpoObjective, replays: bool) -> None:
+        """`replays`: whether tokens are trained through the experts that they went through in the engine."""
         found = rollout.judgement
         self.kinds, self.questions = rollout.kinds[groups], rollout.questions[groups]
         self.rewards, self.correct = found.rewards[groups], found.correct[groups]
@@ -76,6 +77,8 @@ class Minibatch:
         self.sequences = [
             _sequence(index, *parts) for index, parts in enumerate(zip(self.responses, weights, self.advantages, strict=True))
         ]
+        if replays:
+            self.sequences = [_extended(one, routing_extras(sample)) for one, sample in zip(self.sequences, self.samples, strict=True)]
         if rollout.drawn_by is not None:
             version = rollout.drawn_by.version
             self.sequences = [_marked(one, sample, version) for one, sample in zip(self.sequences, self.samples, strict=True)]
@@ -150,11 +153,14 @@ def _sequence(index: int, response: Response, weight: Tensor, advantage: Tensor)
     logprobs[prompt:] = torch.tensor(sample.logprobs)
     tokens = torch.tensor(sample.prompt_ids + sample.response_ids)
     extras = {"advantages": advantages, "rollout_logprobs": logprobs, "sequence": torch.full_like(tokens, index)}
-    return TokenSequence(tokens, weights, extras | _routing(sample))
+    return TokenSequence(tokens, weights, extras)
 
 
-def _routing(sample: Sample) -> dict[str, Tensor]:
-    """The extras of a sample that says which experts its tokens went through. The pass over token i - 1 predicts token i."""
+def routing_extras(sample: Sample) -> dict[str, Tensor]:
+    """By which its training sequence goes through the experts that it says its tokens went through; none where it does not say.
+
+    The pass over token i - 1 predicts token i.
+    """
     if sample.routing is None:
         return {}
     count, rows = len(sample.prompt_ids) + len(sample.response_ids), len(sample.routing)
@@ -169,4 +175,8 @@ def _marked(sequence: TokenSequence, sample: Sample, version: int) -> TokenSeque
     for drawn_by, count in sample.versions:
         earlier[place : place + count] = drawn_by != version
         place += count
-    return replace(sequence, extras={**sequence.extras, "earlier": earlier})
+    return _extended(sequence, {"earlier": earlier})
+
+
+def _extended(sequence: TokenSequence, extras: dict[str, Tensor]) -> TokenSequence:
+    return replace(sequence, extras={**sequence.extras, **extras})

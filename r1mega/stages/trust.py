@@ -127,7 +127,8 @@ class Guard:
         tokens, _, absolute = gap.sequences.unbind(dim=1)
         worst = (absolute / tokens.clamp(min=1)).argsort(descending=True, stable=True)[: wanted.responses].tolist()
         previous = self._kept[0] if len(self._kept) == 2 else None
-        side = Side(update, self._ctx.recipe.rollout.dtype, previous)
+        rollout = self._ctx.recipe.rollout
+        side = Side(update, rollout.dtype, rollout.routing_replay == "rollout", previous)
         seed = f"{self._ctx.seed}/{self._ctx.name}/{update}/attribution"
         known = facts(self._policy, self._engine, [samples[index] for index in worst], sampling, side, wanted.new_tokens, seed)
         found = verdict(known)
@@ -152,7 +153,9 @@ def measured(policy: Policy, batches: Sequence[LocalBatch], sequences: int) -> G
     if policy.counts:
         for batch in batches:
             extras = batch.extras
-            gap += Gap.of(extras["old_logprobs"], extras["rollout_logprobs"], batch.mask, extras["sequence"], sequences)
+            # Where nobody has the weights any more, the engine's log-probs stand for the trainer's.
+            mask = batch.mask & ~extras["earlier"] if "earlier" in extras else batch.mask
+            gap += Gap.of(extras["old_logprobs"], extras["rollout_logprobs"], mask, extras["sequence"], sequences)
     return Gap(policy.total(gap.added).cpu(), policy.highest(gap.highest).cpu())
 
 
