@@ -49,7 +49,9 @@ def tensors(arch: Architecture, how: Execution, *, moe: bool, etp: int = 1) -> I
     norm, hidden = frozenset({"layernorm"}), arch.hidden
     yield Saved("attention norm's input", hidden)
     # Each of the two down projections quantises its own copy; the norm's output itself is then not kept.
-    yield Saved("attention norm's output", hidden, norm, fp8=0 if arch.mla is not None else 1, extra=2 * hidden if arch.mla is not None else 0)
+    yield Saved(
+        "attention norm's output", hidden, norm, fp8=0 if arch.mla is not None else 1, extra=2 * hidden if arch.mla is not None else 0
+    )
     if arch.mla is not None:
         yield from _latent_attention(arch, arch.mla)
     else:

@@ -80,8 +80,10 @@ def _memory(v3: Architecture) -> Iterator[Row]:
         return tokens * sum(bytes_of(saved, how) for saved in tensors(v3, how, moe=True) if name in saved.name)
 
     def saved(module: str, how: Execution) -> float:
-        return found.gpu.activations - _stage(v3, replace(plain, recompute=frozenset({module}))).gpu.activations if how is plain else (
-            _stage(v3, how).gpu.activations - _stage(v3, replace(how, recompute=frozenset({module}))).gpu.activations
+        return (
+            found.gpu.activations - _stage(v3, replace(plain, recompute=frozenset({module}))).gpu.activations
+            if how is plain
+            else (_stage(v3, how).gpu.activations - _stage(v3, replace(how, recompute=frozenset({module}))).gpu.activations)
         )
 
     yield _gib("saved by memory-efficient permutation", 26.3, kept("experts' outputs", plain), 0.15)
@@ -130,14 +132,14 @@ def _throughput(v3: Architecture) -> Iterator[Row]:
         (v3, "gb200", 256, PP4_VPP4, 8192, 1, {**mx, "recompute": UP} | over, 4020, "1,048 MXFP8, paper", False, 0.10),
         (v3, "gb200", 256, PP4_VPP4, 4096, 1, {**full, "recompute": UP}, 4912, "1,276 MXFP8, 26.08", False, 0.10),
         (trunk, "gb300", 256, _trunk(PP2_VPP4), 4096, 1, part_up, 3848, "961 bf16 without MTP, 25.11", True, 0.10),
-        (trunk, "gb300", 256, _trunk(PP2_VPP4), 4096, 1, {**mx, "recompute": UP}, 4357, "1,088 MXFP8 without MTP, 25.11", False, 0.10),
+        (trunk, "gb300", 256, _trunk(PP2_VPP4), 4096, 1, {**mx, "recompute": UP}, 4357, "1,088 MXFP8 without MTP, 25.11", True, 0.10),
         (v3, "gb300", 256, PP2_VPP8, 4096, 2, {**mx, "recompute": UP}, 4612, "1,199 MXFP8, 26.02", False, 0.10),
         (v3, "gb300", 256, PP4_VPP4, 8192, 1, mx | over, 4730, "1,233 MXFP8, paper", False, 0.10),
         (v3, "gb300", 256, PP2_VPP8, 4096, 1, full, 6288, "1,635 MXFP8, 26.08", True, 0.10),
-        (v3, "b200", 256, PP16, 2048, 1, eager, 2139, "557 MXFP8, 25.11", False, None),
+        (v3, "b200", 256, PP16, 2048, 1, eager, 2139, "557 MXFP8, 25.11", False, 0.10),
         (v3, "b200", 256, PP16, 4096, 1, eager, 2689, "699 MXFP8, 26.02", True, 0.10),
-        (v3, "b200", 256, PP8_VPP2, 4096, 1, {**mx, "recompute": UP | MLP} | over, 3328, "864 MXFP8, 26.04", False, None),
-        (v3, "b300", 256, PP16, 4096, 1, eager, 2983, "776 MXFP8, 26.02", False, None),
+        (v3, "b200", 256, PP8_VPP2, 4096, 1, {**mx, "recompute": UP | MLP} | over, 3328, "864 MXFP8, 26.04", False, 0.10),
+        (v3, "b300", 256, PP16, 4096, 1, eager, 2983, "776 MXFP8, 26.02", False, 0.10),
     ]  # fmt: skip
     for arch, device, ranks, layout, sequences, each, settings, published, name, fitted, bound in table:
         how = Execution(LENGTH * each, LENGTH, moment_bytes=2, **settings)

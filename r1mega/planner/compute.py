@@ -60,11 +60,16 @@ def layer_seconds(
     rate = gemm_rate(device, how, constants)
     weights = layer_weights(arch, moe)
     full = "full" in how.recompute
-    again = weights if full else (mla_up_weights(arch) if "mla_up_proj" in how.recompute else 0) + (
-        3 * arch.hidden * arch.intermediate_size if not moe and "mlp" in how.recompute else 0
+    again = (
+        weights
+        if full
+        else (mla_up_weights(arch) if "mla_up_proj" in how.recompute else 0)
+        + (3 * arch.hidden * arch.intermediate_size if not moe and "mlp" in how.recompute else 0)
     )
     gemm = 2 * tokens * (3 * weights + again if training else weights) / rate
-    forward_attention = attention_flops(arch, how.length) * tokens / (device.bf16 * constants.attention * (constants.ultra if device.ultra else 1))
+    forward_attention = (
+        attention_flops(arch, how.length) * tokens / (device.bf16 * constants.attention * (constants.ultra if device.ultra else 1))
+    )
     attention = forward_attention * ((3.5 + full) if training else 1)
     plain = Execution(how.tokens, how.length, imbalance=how.imbalance)
     moved = activations.layer_bytes(arch, plain, moe=moe, etp=layout.etp) * tokens * constants.traffic / device.hbm_rate
@@ -81,7 +86,9 @@ def layer_seconds(
     return Seconds(gemm, attention, memory, constants.host_s[how.graphs] * passes / 2, experts, tensor)
 
 
-def head_seconds(arch: Architecture, layout: Layout, how: Execution, device: Device, constants: Constants, *, training: bool = True) -> Seconds:
+def head_seconds(
+    arch: Architecture, layout: Layout, how: Execution, device: Device, constants: Constants, *, training: bool = True
+) -> Seconds:
     """The output layer, in bf16 under every FP8 recipe, and its softmax: logits in float32 are written and read a few times."""
     tokens = how.tokens / layout.cp
     weights = head_weights(arch) / layout.tp

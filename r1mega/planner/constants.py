@@ -10,21 +10,23 @@ from dataclasses import dataclass, field
 class Constants:
     """Fractions of peaks, unless a unit is said."""
 
-    gemm_bf16: dict[str, float] = field(default_factory=lambda: {"hopper": 0.75, "blackwell": 0.469})
-    """Matrix products in bf16, by generation. Fitted: 276 TFLOP/s on H100; 782 on GB200, 961 on GB300, both without MTP."""
-    gemm_fp8: dict[str, float] = field(default_factory=lambda: {"hopper": 0.65, "blackwell": 0.382})
-    """In FP8, whatever the recipe, quantisation included. Fitted: 338 on H100; 1,003 on GB200, 1,635 on GB300, 699 on B200."""
+    gemm_bf16: dict[str, float] = field(default_factory=lambda: {"hopper": 0.75, "blackwell": 0.488})
+    """Matrix products in bf16, by generation. Fitted (with the five below, jointly): H100 276, 338 and 350 TFLOP/s; GB200 782 and 1,003;
+    GB300 961, 1,088 and 1,635; B200 699. Hopper's two were kept below 0.75 and 0.65, which large products alone reach."""
+    gemm_fp8: dict[str, float] = field(default_factory=lambda: {"hopper": 0.65, "blackwell": 0.373})
+    """In FP8, whatever the recipe, quantisation included. Fitted as above."""
     ultra: float = 1.25
-    """Rate of B300 and GB300 over B200 and GB200, whose data sheets say the same peaks, but more power. Fitted: 961 and 1,635 on GB300."""
+    """Rate of B300 and GB300 over B200 and GB200, whose data sheets say the same peaks, but more power. Fitted as above."""
+    host_s: dict[str, float] = field(default_factory=lambda: {"none": 5.2e-3, "partial": 2.8e-3, "full": 0.0})
+    """Seconds of a layer, forward and backward of one micro-batch, in which the GPU waits for the host, by what CUDA graphs cover.
+    Fitted as above; full: none are left."""
+    overlap: float = 0.41
+    """Share of the experts' traffic that `ep_overlap` saves, net of the SMs that it takes. Fitted as above."""
     attention: float = 0.55
-    """Attention core in bf16, forward and backward together. Not fitted: FlashAttention-3's own figures (arXiv 2407.08608, figures 5, 6)."""
+    """Attention core in bf16, forward and backward together. Not fitted: between FlashAttention-3's own figures for H100, up to 0.75 forward
+    and 0.56 backward (arXiv 2407.08608, section 4.1), for heads of 192 and 128."""
     traffic: float = 4.0
     """Times that a byte which is kept for the backward pass goes through HBM in a step: written and read, forward and backward. Not fitted."""
-    host_s: dict[str, float] = field(default_factory=lambda: {"none": 5.1e-3, "partial": 2.2e-3, "full": 0.0})
-    """Seconds of a layer, forward and backward of one micro-batch, in which the GPU waits for the host, by what CUDA graphs cover.
-    Fitted: 276 and 338 on H100 and 699 on B200 (none); 782 and 1,003 on GB200, 961 on GB300 (partial); full: none are left."""
-    overlap: float = 0.39
-    """Share of the experts' traffic that `ep_overlap` saves, net of the SMs that it takes. Fitted: 350 beside 330 TFLOP/s on H100."""
     network: float = 0.89
     """Of a network port. Fitted: a dispatch over 64 H100 takes 4,626 us with HybridEP."""
     nvlink: float = 0.75

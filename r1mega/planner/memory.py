@@ -67,9 +67,7 @@ def training_memory(
         UserError: the layout does not fit the model.
     """
     found = zip(stages(arch, layout), stage_values(arch, layout), strict=True)
-    return [
-        _rank(arch, layout, ranks, how, micro_batches, chunks, values, copies, bucket_bytes, constants) for chunks, values in found
-    ]
+    return [_rank(arch, layout, ranks, how, micro_batches, chunks, values, copies, bucket_bytes, constants) for chunks, values in found]
 
 
 def _rank(

@@ -54,7 +54,13 @@ def step(
 
 
 def pass_seconds(
-    arch: Architecture, layout: Layout, how: Execution, device: Device, constants: Constants, chunks: tuple[Stage, ...], training: bool = True
+    arch: Architecture,
+    layout: Layout,
+    how: Execution,
+    device: Device,
+    constants: Constants,
+    chunks: tuple[Stage, ...],
+    training: bool = True,
 ) -> Seconds:
     """One micro-batch through all chunks of a pipeline stage, forward and, in training, backward."""
     dense, moe = (layer_seconds(arch, layout, how, device, constants, moe=kind, training=training) for kind in (False, True))
