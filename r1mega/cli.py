@@ -312,6 +312,9 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moments", choices=("float32", "bfloat16"), default="float32", help="dtype of Adam's moments (default: float32)")
     parser.add_argument("--engine-tp", type=int, metavar="N", help="GPUs of a server (default: the fewest that leave room for its cache)")
     parser.add_argument("--engine-fp8", action="store_true", help="servers hold block FP8")
+    parser.add_argument("--search", action="store_true", help="rank all layouts for a stage's training instead")
+    parser.add_argument("--stage", metavar="NAME", help="the stage that --search is for (default: the first that trains)")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as layout.tp=8")
 
@@ -320,19 +323,21 @@ def _plan(options: argparse.Namespace) -> int:
     from r1mega.config.loading import load_recipe
     from r1mega.pipeline.files import check_writable, write_json
     from r1mega.planner.devices import device
-    from r1mega.planner.plan import Settings, architectures, plan
-    from r1mega.report.plan import described, verdict
+    from r1mega.planner.plan import Settings, architectures, plan, searched
+    from r1mega.report.plan import described, ranked, verdict
 
     if options.json:
         check_writable(options.json, "--json")
     if not 0 <= options.offload <= 1:
         raise UserError(f"--offload {options.offload:g}: expected a share from 0 to 1")
-    for name in ("gpus", "response", "engine_tp", "host_memory"):
+    for name in ("gpus", "response", "engine_tp", "host_memory", "top"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: expected more than 0")
     found = device(options.device, options.link, options.host_memory)
-    ranks = [] if options.gpus is None else [f"run.ranks={options.gpus}"]
-    recipe = load_recipe(options.recipe, [*options.overrides, *ranks], inputs=False)
+    changes = [] if options.gpus is None else [f"run.ranks={options.gpus}"]
+    # A search has no use for the recipe's layout, which need not divide these GPUs.
+    changes += ["layout={}"] if options.search else []
+    recipe = load_recipe(options.recipe, [*options.overrides, *changes], inputs=False)
     settings = Settings(
         found,
         recipe.run.ranks,
@@ -342,6 +347,12 @@ def _plan(options: argparse.Namespace) -> int:
         engine_tp=options.engine_tp,
         engine_fp8=options.engine_fp8,
     )
+    if options.search:
+        name, ranking = searched(recipe, options.stage, architectures(recipe), settings)
+        print(*ranked(name, ranking, found, recipe.run.ranks, options.top), sep="\n")
+        if options.json:
+            write_json(options.json, ranking.record())
+        return 0
     stages = plan(recipe, architectures(recipe), settings)
     print(*described(stages, found), sep="\n")
     if options.json:

@@ -2,8 +2,8 @@
 
 Sources: memory: arXiv 2603.07685 (Megatron-Core MoE), bf16 without optimisations, and what each of these saves. Throughput:
 Megatron-Bridge's performance pages by container, its card of 2026-08, the same paper, and issue 5 of Megatron-MoE-ModelZoo; recipes from
-Megatron-Bridge's `perf_recipes`. Footprints: verl's `docs/perf/dpsk.md`; slime's DeepSeek-R1 example, script and `actor.py`. RL steps: NeMo-RL's
-`docs/about/performance-summary.md` and `docs/design-docs/nccl-reshard-refit.md`.
+Megatron-Bridge's `perf_recipes`. Footprints: verl's `docs/perf/dpsk.md`; slime's DeepSeek-R1 example, script and `actor.py`.
+RL steps: NeMo-RL's `docs/about/performance-summary.md` and `docs/design-docs/nccl-reshard-refit.md`.
 """
 
 from collections.abc import Iterator
@@ -118,7 +118,7 @@ def _throughput(v3: Architecture) -> Iterator[Row]:
     eager: dict[str, Any] = {"fp8": "mxfp8", "grad_overlap": True, "recompute": UP}
     over = {"ep_overlap": True}
     per_token = training_flops(v3, LENGTH) / LENGTH / 1e12
-    # (architecture, device, ranks, layout, sequences a step, sequences a micro-batch, execution, published tokens/s/GPU, name, fitted, bound)
+    # (architecture, device, ranks, layout, sequences a step and a micro-batch, execution, published tokens/s/GPU, name, fitted, bound)
     table: list[tuple[Architecture, str, int, Layout, int, int, dict[str, Any], float, str, bool, float | None]] = [
         (v3, "h100", 1024, H100_1024, 16384, 1, h100, 1061, "276 bf16, card of 2026-08", True, 0.10),
         (v3, "h100", 1024, H100_1024, 8192, 1, h100_fp8, 1297, "338 FP8 per tensor, 25.09", True, 0.10),

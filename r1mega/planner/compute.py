@@ -8,8 +8,12 @@ from r1mega.planner.communication import context_parallel_seconds, expert_second
 from r1mega.planner.constants import Constants
 from r1mega.planner.devices import Device
 from r1mega.planner.execution import Execution
-from r1mega.planner.flops import attention_flops, head_weights, layer_weights, mla_up_weights
+from r1mega.planner.flops import attention_flops, head_weights, layer_weights, mla_up_weights, mtp_weights
 from r1mega.weights.architecture import Architecture
+from r1mega.weights.pipeline import Stage
+
+PARTS = ("matrix products", "attention", "memory traffic", "host", "expert traffic", "tensor and context parallelism")
+"""What people call the fields of `Seconds`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def layer_seconds(
     memory = moved * ((1 + full / 3) if training else 1 / 3)
     passes = (2 + full) if training else 1
     experts = 0.0
-    if moe:
+    if moe and arch.moe is not None:
         experts = 2 * expert_seconds(arch, layout, how, device, constants, tokens) * passes
         experts *= 1 - constants.overlap if how.ep_overlap else 1
     over_tp = how.tokens / layout.cp
@@ -97,3 +101,40 @@ def head_seconds(
     gemm = 2 * tokens * weights * passes / gemm_rate(device, how, constants, head=True)
     memory = 4 * tokens * (weights / arch.hidden) * 2 * passes / device.hbm_rate
     return Seconds(gemm, 0.0, memory, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one micro-batch on one rank, by what a model chunk is made of."""
+
+    first_moe: int
+    dense: Seconds
+    moe: Seconds
+    head: Seconds
+    join: Seconds
+    heads: int
+
+    @classmethod
+    def of(
+        cls, arch: Architecture, layout: Layout, how: Execution, device: Device, constants: Constants, *, training: bool = True
+    ) -> "Costs":
+        """Of a model under a layout; without `training` of a forward pass, which no MTP layer takes part in."""
+        dense, moe = (layer_seconds(arch, layout, how, device, constants, moe=kind, training=training) for kind in (False, True))
+        join = 6 * how.tokens / (layout.tp * layout.cp) * mtp_weights(arch) / gemm_rate(device, how, constants, head=True)
+        return cls(
+            first_moe=arch.layers if arch.moe is None else arch.moe.first_dense_layers,
+            dense=dense,
+            moe=moe,
+            head=head_seconds(arch, layout, how, device, constants, training=training),
+            join=Seconds(gemm=join) + moe if training else Seconds(),
+            heads=1 + arch.mtp_layers if training else 1,
+        )
+
+    def stage(self, chunks: tuple[Stage, ...]) -> Seconds:
+        """All chunks of a pipeline stage."""
+        layers = sum(len(chunk.layers) for chunk in chunks)
+        dense = sum(max(0, min(chunk.layers.stop, self.first_moe) - chunk.layers.start) for chunk in chunks)
+        total = self.dense * dense + self.moe * (layers - dense)
+        if any(chunk.loss for chunk in chunks):
+            total += self.head * self.heads
+        return total + self.join * sum(len(chunk.mtp) for chunk in chunks)

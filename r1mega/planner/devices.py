@@ -1,7 +1,8 @@
 """GPUs and the links between them, as their vendors state them. Rates are peaks; what is reached of them stands in `constants`.
 
 Sources: NVIDIA's data sheets of H100, H200, H20, B200, B300 and of the GB200 and GB300 NVL72 racks, without sparsity; NVLink of H800 from
-DeepSeek-V3 (arXiv 2412.19437, section 3.1). NICs are those of the reference systems, one a GPU. Host memory is what such nodes are sold with.
+DeepSeek-V3 (arXiv 2412.19437, section 3.1). NICs are those of the reference systems, one a GPU.
+Host memory is what such nodes are sold with.
 """
 
 from dataclasses import dataclass

@@ -19,8 +19,8 @@ class Execution:
     `recompute`: Megatron-Core's names (layernorm, mla_up_proj, mlp, moe_act), or full.
     `weight_bytes`, `grad_bytes`, `master_bytes`, `moment_bytes`: per value; two moments.
     `offload`: share of the optimizer's states that live on the host. `ep_overlap`: one micro-batch's expert traffic hides behind another's
-    computation. `grad_overlap`: the reduction of gradients and the gathering of weights hide behind computation. `dedupe`: a token goes once to each node (DeepEP, HybridEP), not once to each expert. `imbalance`: tokens of the busiest
-    expert-parallel rank over the mean.
+    computation; `grad_overlap`: so do the reduction of gradients and the gathering of weights. `dedupe`: a token goes once to each node
+    (DeepEP, HybridEP), not once to each expert. `imbalance`: tokens of the busiest expert-parallel rank over the mean.
     `permuted_outputs`: expert outputs are kept to be weighted after the combine, as before Megatron-Core 0.13.
     `graphs`: what CUDA graphs cover.
     """
@@ -42,6 +42,11 @@ class Execution:
     grad_overlap: bool = False
     permuted_outputs: bool = False
     graphs: Literal["none", "partial", "full"] = "none"
+
+    @property
+    def state_bytes(self) -> float:
+        """Of the optimizer, per value: a master copy and two moments."""
+        return self.master_bytes + 2 * self.moment_bytes
 
     @property
     def activation_bytes(self) -> float:

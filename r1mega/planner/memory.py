@@ -1,15 +1,16 @@
 """Bytes on the GPU of one rank of each pipeline stage while it trains, and what it keeps on its host."""
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from r1mega.config.layout import Layout
 from r1mega.planner.activations import layer_bytes, working_bytes
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.execution import Execution
-from r1mega.planner.parameters import Values, stage_values
+from r1mega.planner.parameters import Values, cut, kinds, stage_values
 from r1mega.planner.schedule import in_flight
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.pipeline import Stage, stages
+from r1mega.weights.pipeline import Stage
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Memory:
     @property
     def total(self) -> float:
         """All of them."""
-        return sum(self.parts().values())
+        held = self.weights + self.gradients + self.optimizer + self.activations
+        return held + self.working + self.dispatch + self.logits + self.buckets + self.runtime
 
     def parts(self) -> dict[str, float]:
         """By name."""
@@ -59,19 +61,66 @@ def training_memory(
     *,
     copies: int = 0,
     bucket_bytes: float = 0.0,
+    every_stage: bool = True,
     constants: Constants = CONSTANTS,
 ) -> list[RankMemory]:
-    """By pipeline stage. `copies`: of a rank's weights that wait on its host (a reference, reward models, the policy while they compute).
+    """By pipeline stage; without `every_stage` only the first of those that are alike, which holds most: later ones have fewer in flight.
+
+    `copies`: of a rank's weights that wait on its host (a reference, reward models, the policy while they compute).
 
     Raises:
         UserError: the layout does not fit the model.
     """
-    found = zip(stages(arch, layout), stage_values(arch, layout), strict=True)
-    return [_rank(arch, layout, ranks, how, micro_batches, chunks, values, copies, bucket_bytes, constants) for chunks, values in found]
+    each = _each(arch, layout.tp, layout.cp, layout.ep, layout.etp, how)
+    chunks, values = cut(arch, layout), stage_values(arch, layout)
+    wanted = range(layout.pp) if every_stage else [first for first, _ in kinds(arch, layout)]
+    return [
+        _rank(each, layout, ranks, how, micro_batches, chunks[stage], values[stage], copies, bucket_bytes, constants.runtime)
+        for stage in wanted
+    ]
+
+
+@dataclass(frozen=True)
+class _Each:
+    """Bytes of one micro-batch on one rank: what layers of either kind keep and need while they run, and the head's peak."""
+
+    first_moe: int
+    dense: float
+    moe: float
+    join: float
+    working_dense: float
+    working_moe: float
+    dispatch: float
+    logits: float
+
+    def kept(self, stage: Stage) -> float:
+        """By one forward pass of a model chunk."""
+        dense = _dense_layers(stage, self.first_moe)
+        return self.dense * dense + self.moe * (len(stage.layers) - dense + len(stage.mtp)) + self.join * len(stage.mtp)
+
+
+@lru_cache(maxsize=65536)
+def _each(arch: Architecture, tp: int, cp: int, ep: int, etp: int, how: Execution) -> _Each:
+    share = how.tokens / (tp * cp)
+    return _Each(
+        first_moe=arch.layers if arch.moe is None else arch.moe.first_dense_layers,
+        dense=share * layer_bytes(arch, how, moe=False, etp=etp),
+        moe=share * layer_bytes(arch, how, moe=True, etp=etp),
+        # An MTP layer normalises and joins hidden states and embeddings first.
+        join=share * 6 * how.activation_bytes * arch.hidden,
+        working_dense=share * working_bytes(arch, how, moe=False, etp=etp),
+        working_moe=share * working_bytes(arch, how, moe=True, etp=etp),
+        dispatch=share * _dispatch(arch, ep * etp, how),
+        logits=logits_bytes(arch, tp, cp, how),
+    )
+
+
+def _dense_layers(stage: Stage, first_moe: int) -> int:
+    return max(0, min(stage.layers.stop, first_moe) - stage.layers.start)
 
 
 def _rank(
-    arch: Architecture,
+    each: _Each,
     layout: Layout,
     ranks: int,
     how: Execution,
@@ -80,27 +129,25 @@ def _rank(
     values: Values,
     copies: int,
     bucket_bytes: float,
-    constants: Constants,
+    runtime: float,
 ) -> RankMemory:
     weights = weight_bytes(values, how)
     owned = owned_values(layout, ranks, values, how)
-    states = owned * (how.master_bytes + 2 * how.moment_bytes)
-    any_moe = arch.moe is not None and any(_moe_layers(arch, stage) for stage in chunks)
-    share = how.tokens / (layout.tp * layout.cp)
+    any_moe = any(stage.layers.stop > each.first_moe or stage.mtp for stage in chunks)
+    passes = in_flight(layout.pp, layout.vpp, chunks[0].pp, micro_batches)
     gpu = Memory(
         weights=weights,
         gradients=how.grad_bytes * values.trained,
-        optimizer=states * (1 - how.offload),
-        activations=stage_activations(arch, layout, how, micro_batches, chunks),
-        working=working_bytes(arch, how, moe=any_moe, etp=layout.etp) * share,
-        dispatch=_dispatch(arch, layout, how) * share if any_moe else 0.0,
-        logits=logits_bytes(arch, layout, how) if any(stage.loss for stage in chunks) else 0.0,
+        optimizer=owned * how.state_bytes * (1 - how.offload),
+        activations=sum(count * each.kept(stage) for stage, count in zip(chunks, passes, strict=True)),
+        working=each.working_moe if any_moe else each.working_dense,
+        dispatch=each.dispatch if any_moe else 0.0,
+        logits=each.logits if any(stage.loss for stage in chunks) else 0.0,
         buckets=2 * bucket_bytes,
-        runtime=constants.runtime,
+        runtime=runtime,
     )
-    # An offloaded AdamW computes on the host: its states, and the gradients and weights that it exchanges with the GPU.
-    offloaded = owned * how.offload * (how.master_bytes + 2 * how.moment_bytes + how.grad_bytes)
-    host = {"optimizer": offloaded, "weights": copies * weights}
+    # An offloaded AdamW computes on the host: its states there, and the gradients that it is sent.
+    host = {"optimizer": owned * how.offload * (how.state_bytes + how.grad_bytes), "weights": copies * weights}
     return RankMemory(chunks[0].pp, values, gpu, {name: size for name, size in host.items() if size})
 
 
@@ -116,21 +163,7 @@ def owned_values(layout: Layout, ranks: int, values: Values, how: Execution) -> 
     return values.dense / (layout.dp(ranks) * layout.cp) + values.expert / layout.edp(ranks)
 
 
-def stage_activations(arch: Architecture, layout: Layout, how: Execution, micro_batches: int, chunks: tuple[Stage, ...]) -> float:
-    """Bytes that the micro-batches in flight keep on one stage."""
-    dense, moe = (layer_bytes(arch, how, moe=kind, etp=layout.etp) for kind in (False, True))
-    passes = in_flight(layout.pp, layout.vpp, chunks[0].pp, micro_batches)
-    total = 0.0
-    for stage, count in zip(chunks, passes, strict=True):
-        routed = _moe_layers(arch, stage)
-        per_token = dense * (len(stage.layers) - routed) + moe * (routed + len(stage.mtp))
-        # An MTP layer normalises and joins hidden states and embeddings first.
-        per_token += 6 * how.activation_bytes * arch.hidden * len(stage.mtp)
-        total += count * per_token
-    return total * how.tokens / (layout.tp * layout.cp)
-
-
-def logits_bytes(arch: Architecture, layout: Layout, how: Execution) -> float:
+def logits_bytes(arch: Architecture, tp: int, cp: int, how: Execution) -> float:
     """The head's peak.
 
     In chunks (`megatron.head`): logits in the weights' dtype and float32, their exponentials, the products for the entropy and a copy that
@@ -139,20 +172,15 @@ def logits_bytes(arch: Architecture, layout: Layout, how: Execution) -> float:
     """
     if arch.head == "score":
         return 0.0
-    rows = -(-arch.vocab // layout.tp)
+    rows = -(-arch.vocab // tp)
     if how.logits_chunk is None:
-        return how.tokens / layout.cp * rows * (2 * how.activation_bytes + 4)
-    tokens = min(how.logits_chunk, how.tokens / layout.cp)
+        return how.tokens / cp * rows * (2 * how.activation_bytes + 4)
+    tokens = min(how.logits_chunk, how.tokens / cp)
     return tokens * rows * (how.activation_bytes + 16) + rows * arch.hidden * (4 + 2 * how.weight_bytes)
 
 
-def _dispatch(arch: Architecture, layout: Layout, how: Execution) -> float:
+def _dispatch(arch: Architecture, expert_ranks: int, how: Execution) -> float:
     """Bytes per token of what an all-to-all sends and receives, one way at a time; nothing moves without expert parallelism."""
-    if arch.moe is None or layout.ep * layout.etp == 1:
+    if arch.moe is None or expert_ranks == 1:
         return 0.0
     return 2 * how.activation_bytes * arch.moe.top_k * how.imbalance * arch.hidden
-
-
-def _moe_layers(arch: Architecture, stage: Stage) -> int:
-    first = arch.layers if arch.moe is None else arch.moe.first_dense_layers
-    return sum(layer >= first for layer in stage.layers)

@@ -12,14 +12,15 @@ from r1mega.config.stages import Distill, Evaluate, Grpo, Preference, Pretrain, 
 from r1mega.config.training import Train
 from r1mega.errors import UserError
 from r1mega.pipeline.preflight import models_of, origin
-from r1mega.planner.compute import Seconds
+from r1mega.planner.compute import Costs, Seconds
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.devices import Device
 from r1mega.planner.engine import Engine, Lengths, cache_tokens, engine_weights, rollout_seconds, sync_seconds
 from r1mega.planner.execution import Execution, execution
 from r1mega.planner.flops import decode_flops, forward_flops, training_flops
 from r1mega.planner.memory import RankMemory, training_memory
-from r1mega.planner.step import pass_seconds, step
+from r1mega.planner.search import Search, rounded, search
+from r1mega.planner.step import step
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.pipeline import stages
 from r1mega.weights.placement import check_layout
@@ -129,6 +130,21 @@ def plan(recipe: Recipe, architectures: dict[str, Architecture], settings: Setti
     return found
 
 
+def searched(recipe: Recipe, name: str | None, architectures: dict[str, Architecture], settings: Settings) -> tuple[str, Search]:
+    """Layouts for the training of one stage, the first that trains when none is named; and that stage's name.
+
+    Raises:
+        UserError: there is no such stage, it does not train, or no layout fits.
+    """
+    if name is None:
+        name = next((name for name, stage in recipe.stages.items() if not isinstance(stage, Rejection | Evaluate)), None)
+        if name is None:
+            raise UserError("no stage of this recipe trains a model; there is nothing to search a layout for")
+    if name not in architectures:
+        raise UserError(f"--stage {name}: there is no such stage with a model; there are {', '.join(architectures)}")
+    return name, _Planner(recipe, name, recipe.stages[name], architectures[name], settings, CONSTANTS).search()
+
+
 def fitting(arch: Architecture, layout: Layout, gpus: int, where: str) -> None:
     """UserError when a layout divides neither model nor GPUs, with the nearest number of GPUs that it does divide."""
     unit = lcm(layout.model_ranks, layout.etp * layout.ep * layout.pp)
@@ -151,6 +167,11 @@ def trained(arch: Architecture, layout: Layout, mtp_loss: float) -> tuple[Archit
     if mtp_loss > 0:
         return arch, layout
     return replace(arch, mtp_layers=0), layout.model_copy(update={"pipeline": layout.pipeline and layout.pipeline.replace("m", "")})
+
+
+def chunks(train: Train, sequences: int, length: float) -> int:
+    """Full micro-batches of one optimizer step, over all ranks."""
+    return ceil(sequences * min(length, train.chunk_tokens) / train.chunk_tokens)
 
 
 def smallest_engine(arch: Architecture, device: Device, fp8: bool, memory: float = 0.8) -> Engine:
@@ -179,14 +200,22 @@ class _Planner:
             case Rejection() | Evaluate():
                 return self._generation_alone()
             case Pretrain():
-                sequences = max(phase.documents_per_update for phase in self.stage.phases)
-                steps = sum(phase.updates for phase in self.stage.phases)
-                return self._training_alone(self.stage, sequences, 4096, steps)
-            case Sft() | Preference():
-                each = 2 if isinstance(self.stage, Preference) and self.stage.loss == "pairwise" else 1
-                return self._training_alone(self.stage, self.stage.batch * each, self.settings.document, None)
+                return self._training_alone(self.stage, sum(phase.updates for phase in self.stage.phases))
             case Distill():
-                return self._training_alone(self.stage, self.stage.batch, self.settings.document, self.stage.updates)
+                return self._training_alone(self.stage, self.stage.updates)
+            case Sft() | Preference():
+                return self._training_alone(self.stage, None)
+
+    def search(self) -> Search:
+        """Layouts for this stage's training, in place of its own."""
+        stage = self.stage
+        if isinstance(stage, Rejection | Evaluate):
+            raise UserError(f"stages.{self.name}: a {stage.kind} stage does not train; name one that does with --stage")
+        arch = self.arch.scored() if isinstance(stage, Preference) else self.arch
+        arch, _ = trained(arch, Layout(), stage.train.mtp_loss)
+        sequences, length = self._step(stage)
+        how = self._how(stage.train, length)
+        return search(arch, self.settings.gpus, chunks(stage.train, sequences, length), how, self.settings.device, self.constants)
 
     # ------------------------------------------------------------ parts
 
@@ -205,12 +234,29 @@ class _Planner:
         return arch, layout
 
     def _micro_batches(self, layout: Layout, train: Train, sequences: int, length: float) -> int:
-        """Full micro-batches of each data-parallel rank; the interleaved schedule takes them pp at a time."""
-        count = max(1, ceil(sequences * min(length, train.chunk_tokens) / train.chunk_tokens / layout.dp(self.settings.gpus)))
-        return ceil(count / layout.pp) * layout.pp if layout.vpp > 1 else count
+        """Full micro-batches of each data-parallel rank."""
+        return rounded(chunks(train, sequences, length) / layout.dp(self.settings.gpus), layout)
 
-    def _training_alone(self, stage: Pretrain | Sft | Preference | Distill, sequences: int, length: int, cycles: int | None) -> StagePlan:
+    def _step(self, stage: Pretrain | Sft | Preference | Distill | Grpo) -> tuple[int, int]:
+        """Sequences of one optimizer step, and the tokens of one of them."""
+        match stage:
+            case Pretrain():
+                return max(phase.documents_per_update for phase in stage.phases), 4096
+            case Grpo():
+                lengths = self._lengths(stage)
+                samples = stage.prompts_per_rollout * stage.group_size // stage.updates_per_rollout
+                return samples, int(lengths.prompt + lengths.expected())
+            case _:
+                each = 2 if isinstance(stage, Preference) and stage.loss == "pairwise" else 1
+                return stage.batch * each, self.settings.document
+
+    def _lengths(self, stage: Grpo) -> Lengths:
+        cap = int(largest(stage.sampling.max_new_tokens))
+        return Lengths(self.settings.prompt, self.settings.response or 0.3 * cap, cap)
+
+    def _training_alone(self, stage: Pretrain | Sft | Preference | Distill, cycles: int | None) -> StagePlan:
         arch, layout = self._built(stage.train)
+        sequences, length = self._step(stage)
         how = self._how(stage.train, length)
         count = self._micro_batches(layout, stage.train, sequences, how.length)
         memory = training_memory(arch, layout, self.settings.gpus, how, count, constants=self.constants)
@@ -231,12 +277,11 @@ class _Planner:
     def _reinforcement(self, stage: Grpo) -> StagePlan:
         settings, constants = self.settings, self.constants
         arch, layout = self._built(stage.train)
-        cap = int(largest(stage.sampling.max_new_tokens))
-        lengths = Lengths(settings.prompt, settings.response or 0.3 * cap, cap)
-        length = int(lengths.prompt + lengths.expected())
+        lengths = self._lengths(stage)
+        sequences, length = self._step(stage)
         how = self._how(stage.train, length)
-        samples = stage.prompts_per_rollout * stage.group_size
-        count = self._micro_batches(layout, stage.train, samples // stage.updates_per_rollout, length)
+        samples = sequences * stage.updates_per_rollout
+        count = self._micro_batches(layout, stage.train, sequences, length)
         reference = int(largest(stage.objective.kl_coef) > 0)
         # While another model computes, the policy's weights wait on the host too.
         others = reference + len(stage.reward_models)
@@ -271,10 +316,8 @@ class _Planner:
         return self._result(layout, count, how, memory, generation, host, seconds, busy, trained_step.bubble, flops, cycles, problems)
 
     def _forward(self, arch: Architecture, layout: Layout, how: Execution, count: int) -> float:
-        found = [
-            pass_seconds(arch, layout, how, self.settings.device, self.constants, chunks, training=False).total
-            for chunks in stages(arch, layout)
-        ]
+        costs = Costs.of(arch, layout, how, self.settings.device, self.constants, training=False)
+        found = [costs.stage(chunks).total for chunks in stages(arch, layout)]
         return max(found) * count + sum(found) / len(found) * (layout.pp - 1) / layout.vpp
 
     def _result(

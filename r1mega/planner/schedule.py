@@ -10,7 +10,8 @@ def in_flight(pp: int, vpp: int, stage: int, micro_batches: int) -> list[int]:
     if vpp == 1:
         return [min(pp - stage, micro_batches)]
     passes = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, vpp * micro_batches)
-    return [sum((k // pp) % vpp == chunk for k in range(passes)) for chunk in range(vpp)]
+    cycles, rest = divmod(passes, pp * vpp)
+    return [cycles * pp + max(0, min(pp, rest - chunk * pp)) for chunk in range(vpp)]
 
 
 def bubble(pp: int, vpp: int, micro_batches: int) -> float:

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 from r1mega.config.layout import Layout
 from r1mega.planner.communication import ring_seconds
-from r1mega.planner.compute import Seconds, gemm_rate, head_seconds, layer_seconds
+from r1mega.planner.compute import PARTS, Costs, Seconds
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.devices import Device
 from r1mega.planner.execution import Execution
-from r1mega.planner.flops import mtp_weights
-from r1mega.planner.parameters import Values, stage_values
+from r1mega.planner.memory import owned_values
+from r1mega.planner.parameters import Values, cut, kinds, stage_values
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.pipeline import Stage, stages
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,11 @@ class Step:
         """All of it."""
         return self.busy.total + self.bubble + self.gradients + self.optimizer
 
+    def phases(self) -> dict[str, float]:
+        """Seconds by what they are spent on."""
+        beside = {"bubble": self.bubble, "gradients and weights between replicas": self.gradients, "optimizer": self.optimizer}
+        return dict(zip(PARTS, self.busy.parts(), strict=True)) | beside
+
     @property
     def tokens_per_second(self) -> float:
         """Tokens of training per second and GPU."""
@@ -39,43 +43,20 @@ def step(
     arch: Architecture, layout: Layout, ranks: int, how: Execution, micro_batches: int, device: Device, constants: Constants = CONSTANTS
 ) -> Step:
     """One step of `micro_batches` micro-batches on every data-parallel rank."""
-    by_stage = [pass_seconds(arch, layout, how, device, constants, chunks) for chunks in stages(arch, layout)]
-    slowest = max(by_stage, key=lambda found: found.total)
+    costs = Costs.of(arch, layout, how, device, constants)
+    chunks = cut(arch, layout)
+    by_kind = [(costs.stage(chunks[first]), count) for first, count in kinds(arch, layout)]
+    slowest = max((found for found, _ in by_kind), key=lambda found: found.total)
     # The bubble is as long as a micro-batch takes on all other stages, over the chunks (arXiv 2104.04473, section 2.2.2).
-    mean = sum(found.total for found in by_stage) / len(by_stage)
+    mean = sum(found.total * count for found, count in by_kind) / layout.pp
     values = max(stage_values(arch, layout), key=lambda found: found.trained)
     return Step(
         busy=slowest * micro_batches,
         bubble=mean * (layout.pp - 1) / layout.vpp,
         gradients=0.0 if how.grad_overlap else gradient_seconds(layout, ranks, values, how, device, constants),
-        optimizer=optimizer_seconds(layout, ranks, values, how, device),
+        optimizer=optimizer_seconds(layout, ranks, values, how, device, constants),
         tokens_per_gpu=how.tokens * micro_batches * layout.dp(ranks) / ranks,
     )
-
-
-def pass_seconds(
-    arch: Architecture,
-    layout: Layout,
-    how: Execution,
-    device: Device,
-    constants: Constants,
-    chunks: tuple[Stage, ...],
-    training: bool = True,
-) -> Seconds:
-    """One micro-batch through all chunks of a pipeline stage, forward and, in training, backward."""
-    dense, moe = (layer_seconds(arch, layout, how, device, constants, moe=kind, training=training) for kind in (False, True))
-    head = head_seconds(arch, layout, how, device, constants, training=training)
-    first = arch.moe.first_dense_layers if arch.moe is not None else arch.layers
-    total = Seconds()
-    for stage in chunks:
-        dense_layers = sum(layer < first for layer in stage.layers)
-        total += dense * dense_layers + moe * (len(stage.layers) - dense_layers)
-        if stage.loss:
-            total += head * (1 + arch.mtp_layers)
-        if stage.mtp:
-            join = 6 * how.tokens / (layout.tp * layout.cp) * mtp_weights(arch) / gemm_rate(device, how, constants, head=True)
-            total += (moe + Seconds(gemm=join)) * len(stage.mtp)
-    return total
 
 
 def gradient_seconds(layout: Layout, ranks: int, values: Values, how: Execution, device: Device, constants: Constants) -> float:
@@ -86,9 +67,14 @@ def gradient_seconds(layout: Layout, ranks: int, values: Values, how: Execution,
     return dense + ring_seconds(each * values.expert, edp, layout.etp * layout.ep, device, constants)
 
 
-def optimizer_seconds(layout: Layout, ranks: int, values: Values, how: Execution, device: Device) -> float:
-    """AdamW reads and writes its states once; what is offloaded crosses the host link, gradients out and weights back."""
-    owned = values.dense / (layout.dp(ranks) * layout.cp) + values.expert / layout.edp(ranks) if how.distributed else float(values.trained)
-    states = how.master_bytes + 2 * how.moment_bytes
-    resident = owned * (1 - how.offload) * (2 * states + how.grad_bytes + how.weight_bytes) / device.hbm_rate
-    return resident + owned * how.offload * (how.grad_bytes + how.weight_bytes) / device.host_link
+def optimizer_seconds(layout: Layout, ranks: int, values: Values, how: Execution, device: Device, constants: Constants) -> float:
+    """AdamW reads and writes its states once, gradients and weights too.
+
+    What is offloaded crosses the host link, gradients out and weights back, and is computed from the host's memory by all ranks of a node.
+    """
+    owned = owned_values(layout, ranks, values, how)
+    exchanged = how.grad_bytes + how.weight_bytes
+    resident = owned * (1 - how.offload) * (2 * how.state_bytes + exchanged) / device.hbm_rate
+    away = owned * how.offload
+    on_host = away * (2 * how.state_bytes + exchanged) * min(device.per_node, ranks) / constants.host_rate
+    return resident + away * exchanged / device.host_link + on_host

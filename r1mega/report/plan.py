@@ -1,13 +1,16 @@
 """What `r1mega plan` prints: plain columns, and a bar of what fills each GPU."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from r1mega.config.layout import Layout
 from r1mega.planner.backtest import Row
-from r1mega.planner.compute import Seconds
+from r1mega.planner.compute import PARTS, Seconds
 from r1mega.planner.devices import Device
 from r1mega.planner.memory import Memory, RankMemory
 from r1mega.planner.plan import Generation, Problem, StagePlan
+from r1mega.planner.search import Found, Search, short
 from r1mega.report.audit import columns, spans
 
 WIDTH = 60
@@ -95,15 +98,16 @@ def _generation(found: Generation) -> Iterator[str]:
     engine = found.engine
     how = f"{engine.tp} GPU{'s' if engine.tp > 1 else ''}{f', attention in {engine.attn_dp} copies' if engine.attn_dp > 1 else ''}"
     yield (
-        f"  engine: {found.servers:,} servers of {how}; a GPU holds {found.weights / _GB:.1f} GB of weights and {max(0, found.cache) / _GB:.1f} "
-        f"of cache, {max(0, found.cache_tokens):,.0f} tokens a server"
+        f"  engine: {found.servers:,} servers of {how}; a GPU holds {found.weights / _GB:.1f} GB of weights and "
+        f"{max(0, found.cache) / _GB:.1f} of cache, {max(0, found.cache_tokens):,.0f} tokens a server"
     )
 
 
 def _time(stage: StagePlan) -> Iterator[str]:
     parts = "\n".join(columns([[f"  {phase}", _seconds(value), f"{value / stage.cycle:.0%}"] for phase, value in stage.seconds.items()]))
     what = "a rollout and its updates" if stage.kind == "grpo" else "an optimizer step"
-    yield f"  {what}: {_seconds(stage.cycle)}{'' if stage.cycles is None else f'; all {stage.cycles:,}: {_long(stage.cycles * stage.cycle)}'}"
+    every = "" if stage.cycles is None else f"; all {stage.cycles:,}: {_long(stage.cycles * stage.cycle)}"
+    yield f"  {what}: {_seconds(stage.cycle)}{every}"
     yield parts
     if stage.busy is not None:
         yield f"  a training step of the slowest stage: {_busy(stage.busy, stage.bubble)}"
@@ -112,8 +116,7 @@ def _time(stage: StagePlan) -> Iterator[str]:
 
 def _busy(busy: Seconds, bubble: float) -> str:
     whole = busy.total + bubble
-    names = ("matrix products", "attention", "memory traffic", "host", "expert traffic", "tensor parallelism")
-    parts = [(name, value) for name, value in zip(names, busy.parts(), strict=True) if value] + [("bubble", bubble)]
+    parts = [(name, value) for name, value in zip(PARTS, busy.parts(), strict=True) if value] + [("bubble", bubble)]
     return ", ".join(f"{name} {value / whole:.0%}" for name, value in parts)
 
 
@@ -123,6 +126,42 @@ def _seconds(value: float) -> str:
 
 def _long(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds >= 172800 else f"{seconds / 3600:,.1f} h"
+
+
+def ranked(name: str, found: Search, device: Device, ranks: int, top: int) -> Iterator[str]:
+    """The best layouts, why those after the first lose, and what became of all others."""
+    best = found.found[0]
+    every = len(found.found) + len(found.rejected)
+    fit = f"{len(found.found):,} layouts of {every:,} fit {ranks:,} {device.name.upper()}"
+    yield f"{name}: {fit}; fastest first, each combination of sizes with its best cut"
+    rows = [["", "layout", "recompute", "offload", "micro-batches", "GB", "s/step", "tok/s/GPU", "loses by"]]
+    shown = _distinct(found.found)[:top]
+    for index, one in enumerate(shown, 1):
+        how = one.execution
+        loses = "" if one is best else f"{one.step.seconds / best.step.seconds - 1:.1%}: {one.loses(best)}"
+        figures = [f"{one.bytes_needed / _GB:.1f}", f"{one.step.seconds:.2f}", f"{one.tokens_per_second:,.0f}"]
+        recompute = "+".join(sorted(how.recompute)) or "none"
+        rows.append([str(index), short(one.layout), recompute, f"{how.offload:g}", str(one.micro_batches), *figures, loses])
+    yield from columns(rows, numbers=False)
+    listed = {id(one) for one in shown}
+    slower = Counter(one.loses(best) for one in found.found if id(one) not in listed)
+    yield from _counted("slower, by what they spend most more on", slower)
+    yield from _counted("do not fit, by the largest term", Counter(one.part for one in found.rejected))
+    yield from _counted("not legal", Counter(found.illegal))
+
+
+def _distinct(found: Sequence[Found]) -> list[Found]:
+    """The best of each combination of sizes, however the layers are cut."""
+    best: dict[Layout, Found] = {}
+    for one in found:
+        best.setdefault(one.layout.model_copy(update={"pipeline": None}), one)
+    return list(best.values())
+
+
+def _counted(title: str, counts: Counter[str]) -> Iterator[str]:
+    if counts:
+        yield f"{title}:"
+        yield from columns([[what, f"{count:,}"] for what, count in counts.most_common()])
 
 
 def backtested(rows: Iterable[Row]) -> list[str]:
