@@ -1,4 +1,4 @@
-"""Bytes: parameters exact for every rank class of every published layout, schedules against a count, terms that must move as they should."""
+"""Bytes: parameters exact for every rank class of published layouts, schedules against a count, terms that move as they should."""
 
 import json
 from dataclasses import replace

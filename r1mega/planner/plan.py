@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil, lcm
+from math import ceil
 from typing import Any
 
 from r1mega.config.base import largest
@@ -146,19 +146,12 @@ def searched(recipe: Recipe, name: str | None, architectures: dict[str, Architec
 
 
 def fitting(arch: Architecture, layout: Layout, gpus: int, where: str) -> None:
-    """UserError when a layout divides neither model nor GPUs, with the nearest number of GPUs that it does divide."""
-    unit = lcm(layout.model_ranks, layout.etp * layout.ep * layout.pp)
-    if gpus % unit:
-        below, above = gpus // unit * unit, -(-gpus // unit) * unit
-        near = f"{below:,} or {above:,}" if below else f"{above:,}"
-        raise UserError(
-            f"{where}: {gpus:,} GPUs are no multiple of {unit:,}, the ranks of one copy "
-            f"(tp x cp x pp = {layout.model_ranks}, etp x ep x pp = {layout.etp * layout.ep * layout.pp}); nearest: {near}"
-        )
+    """UserError when a layout does not divide the model or the GPUs, with the numbers of GPUs nearby that it does divide."""
     try:
+        layout.dp(gpus), layout.edp(gpus)
         check_layout(arch, layout)
         stages(arch, layout)
-    except UserError as error:
+    except (UserError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
 
 

@@ -79,7 +79,8 @@ def check_layout(arch: Architecture, layout: Layout) -> None:
         raise UserError(f"layout: ep={layout.ep} and etp={layout.etp} need a model with experts")
     for name, size, what, unit in checks:
         if what % size:
-            raise UserError(f"layout: {name}={size} does not divide the model's {what} {unit}")
+            near = min((divisor for divisor in range(1, what + 1) if what % divisor == 0), key=lambda divisor: abs(divisor - size))
+            raise UserError(f"layout: {name}={size} does not divide the model's {what} {unit}; {near} does")
 
 
 def padded_vocab(arch: Architecture, tp: int) -> int:
