@@ -322,8 +322,9 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from r1mega.config.loading import load_recipe
     from r1mega.pipeline.files import check_writable, write_json
+    from r1mega.pipeline.preflight import architectures
     from r1mega.planner.devices import device
-    from r1mega.planner.plan import Settings, architectures, plan, searched
+    from r1mega.planner.plan import Settings, plan, searched
     from r1mega.report.plan import described, ranked, verdict
 
     if options.json:

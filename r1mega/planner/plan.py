@@ -11,7 +11,6 @@ from r1mega.config.schema import Recipe
 from r1mega.config.stages import Distill, Evaluate, Grpo, Preference, Pretrain, Rejection, Sft, Stage
 from r1mega.config.training import Train
 from r1mega.errors import UserError
-from r1mega.pipeline.preflight import models_of, origin
 from r1mega.planner.compute import Costs, Seconds
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.devices import Device
@@ -21,7 +20,7 @@ from r1mega.planner.flops import decode_flops, forward_flops, training_flops
 from r1mega.planner.memory import RankMemory, training_memory
 from r1mega.planner.search import Search, rounded, search
 from r1mega.planner.step import step
-from r1mega.weights.architecture import Architecture, read_config
+from r1mega.weights.architecture import Architecture
 from r1mega.weights.pipeline import stages
 from r1mega.weights.placement import check_layout
 
@@ -101,16 +100,6 @@ class StagePlan:
         """As JSON: bytes, seconds, FLOPs."""
         layout = None if self.layout is None else self.layout.model_dump()
         return {**asdict(self), "layout": layout}
-
-
-def architectures(recipe: Recipe) -> dict[str, Architecture]:
-    """The architecture of each stage's model, followed to the folder that it comes from. A stage that asks a server has none."""
-    found = {}
-    for name, stage in recipe.stages.items():
-        references = [reference for _, reference in models_of(stage)]
-        if references:
-            found[name] = Architecture.from_hf(read_config(origin(recipe, references[0])))
-    return found
 
 
 def plan(recipe: Recipe, architectures: dict[str, Architecture], settings: Settings, constants: Constants = CONSTANTS) -> list[StagePlan]:
