@@ -1,7 +1,8 @@
 """What a layer's forward pass keeps for its backward pass, tensor by tensor, in bytes per token of one sequence over all tp x cp ranks.
 
 Source: the tensors that Megatron-Core 0.16 with Transformer Engine saves (`transformer/multi_latent_attention.py`, `moe/`, `attention.py`),
-in the manner of Korthikanti et al. (arXiv 2205.05198, section 4). Megatron-Core computes norms and residuals sequence-parallel, heads and
+in the manner of Korthikanti et al. (arXiv 2205.05198, section 4); of the CPU's layers, what autograd was seen to save
+(`tests/test_planner_measured.py`). Megatron-Core computes norms and residuals sequence-parallel, heads and
 MLPs tensor-parallel, so every tensor is split over tp x cp; of the experts' inputs each of the etp ranks holds all.
 """
 
@@ -46,6 +47,9 @@ def bytes_of(saved: Saved, how: Execution) -> float:
 
 def tensors(arch: Architecture, how: Execution, *, moe: bool, etp: int = 1) -> Iterator[Saved]:
     """All that a layer keeps when nothing is recomputed."""
+    if how.kernels == "local":
+        yield from _local(arch, moe=moe, etp=etp)
+        return
     norm, hidden = frozenset({"layernorm"}), arch.hidden
     yield Saved("attention norm's input", hidden)
     # Each of the two down projections quantises its own copy; the norm's output itself is then not kept.
@@ -102,3 +106,31 @@ def _experts(arch: Architecture, moe: Moe, how: Execution, etp: int) -> Iterator
     yield Saved("experts' activations", routed * moe.intermediate_size, act, fp8=1)
     if how.permuted_outputs:
         yield Saved("experts' outputs", routed * arch.hidden * etp)
+
+
+def _local(arch: Architecture, *, moe: bool, etp: int) -> Iterator[Saved]:
+    """The layers of `megatron.platform.kernels`, in float32: SwiGLU in steps, rotations' cosines and sines, attention over laid rows."""
+    norm, up = frozenset({"layernorm"}), frozenset({"mla_up_proj"})
+    yield Saved("norms' inputs and roots", 2 * arch.hidden + 2)
+    yield Saved("norms' outputs", 2 * arch.hidden, norm)
+    if arch.mla is not None:
+        mla = arch.mla
+        head = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+        yield Saved("latents and their norms", 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + 2 + bool(mla.q_lora_rank))
+        # Values and outputs are as wide as keys.
+        yield Saved("q, k, v and output, laid out", 4 * arch.heads * head, up)
+        yield Saved("attention output", arch.heads * mla.v_head_dim)
+        yield Saved("rotations", 4 * mla.qk_rope_head_dim, up)
+    else:
+        yield Saved("q, k, v and output, laid out", 2 * arch.head_dim * (arch.heads + arch.kv_heads))
+        yield Saved("attention output", arch.heads * arch.head_dim)
+        yield Saved("rotations", 4 * arch.head_dim)
+    yield Saved("attention's log-sum-exp", arch.heads)
+    if moe and arch.moe is not None:
+        yield Saved("router", 8 * arch.moe.experts)
+        if arch.moe.shared_experts:
+            yield Saved("shared expert", 5 * arch.moe.shared_experts * arch.moe.intermediate_size)
+        yield Saved("experts' inputs", arch.moe.top_k * arch.hidden * etp)
+        yield Saved("experts' gate and up", arch.moe.top_k * 2 * arch.moe.intermediate_size)
+    else:
+        yield Saved("MLP's gate, up and activation", 5 * arch.intermediate_size, frozenset({"mlp"}))

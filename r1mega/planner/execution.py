@@ -22,7 +22,7 @@ class Execution:
     computation; `grad_overlap`: so do the reduction of gradients and the gathering of weights. `dedupe`: a token goes once to each node
     (DeepEP, HybridEP), not once to each expert. `imbalance`: tokens of the busiest expert-parallel rank over the mean.
     `permuted_outputs`: expert outputs are kept to be weighted after the combine, as before Megatron-Core 0.13.
-    `graphs`: what CUDA graphs cover.
+    `graphs`: what CUDA graphs cover. `kernels`: Transformer Engine's layers, or those of a CPU.
     """
 
     tokens: int
@@ -42,6 +42,7 @@ class Execution:
     grad_overlap: bool = False
     permuted_outputs: bool = False
     graphs: Literal["none", "partial", "full"] = "none"
+    kernels: Literal["te", "local"] = "te"
 
     @property
     def state_bytes(self) -> float:
@@ -54,7 +55,15 @@ class Execution:
         return 2.0 if self.weight_bytes <= 2 else 4.0
 
 
-def execution(train: Train, optimizer: Optimizer | None, length: int, imbalance: float, offload: float, moment_bytes: float) -> Execution:
+def execution(
+    train: Train,
+    optimizer: Optimizer | None,
+    length: int,
+    imbalance: float,
+    offload: float,
+    moment_bytes: float,
+    kernels: Literal["te", "local"] = "te",
+) -> Execution:
     """What a recipe's `train` and `optimizer` mean; offloading and the moments' bytes have no key there yet."""
     plain = train.dtype == "float32"
     named = {"none": frozenset[str](), "selective": SELECTIVE, "full": frozenset({"full"})}
@@ -71,4 +80,5 @@ def execution(train: Train, optimizer: Optimizer | None, length: int, imbalance:
         offload=offload,
         logits_chunk=train.logprob_chunk,
         imbalance=imbalance,
+        kernels=kernels,
     )

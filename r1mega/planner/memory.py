@@ -88,6 +88,7 @@ class _Each:
     dense: float
     moe: float
     join: float
+    head: float
     working_dense: float
     working_moe: float
     dispatch: float
@@ -96,7 +97,8 @@ class _Each:
     def kept(self, stage: Stage) -> float:
         """By one forward pass of a model chunk."""
         dense = _dense_layers(stage, self.first_moe)
-        return self.dense * dense + self.moe * (len(stage.layers) - dense + len(stage.mtp)) + self.join * len(stage.mtp)
+        layers = self.dense * dense + self.moe * (len(stage.layers) - dense + len(stage.mtp))
+        return layers + self.join * len(stage.mtp) + (self.head if stage.loss else 0.0)
 
 
 @lru_cache(maxsize=65536)
@@ -108,6 +110,8 @@ def _each(arch: Architecture, tp: int, cp: int, ep: int, etp: int, how: Executio
         moe=share * layer_bytes(arch, how, moe=True, etp=etp),
         # An MTP layer normalises and joins hidden states and embeddings first.
         join=share * 6 * how.activation_bytes * arch.hidden,
+        # The last norm's input, and its output of all tokens on every tensor-parallel rank.
+        head=(1 + tp) * share * how.activation_bytes * arch.hidden,
         working_dense=share * working_bytes(arch, how, moe=False, etp=etp),
         working_moe=share * working_bytes(arch, how, moe=True, etp=etp),
         dispatch=share * _dispatch(arch, ep * etp, how),

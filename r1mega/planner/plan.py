@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 from r1mega.config.base import largest
 from r1mega.config.layout import Layout
 from r1mega.config.schema import Recipe
 from r1mega.config.stages import Distill, Evaluate, Grpo, Preference, Pretrain, Rejection, Sft, Stage
-from r1mega.config.training import Train
+from r1mega.config.training import Optimizer, Train
 from r1mega.errors import UserError
 from r1mega.planner.compute import Costs, Seconds
 from r1mega.planner.constants import CONSTANTS, Constants
@@ -207,7 +207,16 @@ class _Planner:
 
     def _how(self, train: Train, length: int) -> Execution:
         settings = self.settings
-        return execution(train, None, length, settings.imbalance if self.arch.moe else 1.0, settings.offload, settings.moment_bytes)
+        kernels: Literal["te", "local"] = "te" if self.recipe.run.platform == "cuda" else "local"
+        imbalance = settings.imbalance if self.arch.moe else 1.0
+        return execution(train, self._optimizer, length, imbalance, settings.offload, settings.moment_bytes, kernels)
+
+    @property
+    def _optimizer(self) -> Optimizer | None:
+        """The stage's, or that of the first phase."""
+        if isinstance(self.stage, Pretrain):
+            return self.stage.phases[0].optimizer
+        return None if isinstance(self.stage, Rejection | Evaluate) else self.stage.optimizer
 
     def _built(self, train: Train) -> tuple[Architecture, Layout]:
         arch = self.arch.scored() if isinstance(self.stage, Preference) else self.arch
