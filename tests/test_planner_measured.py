@@ -43,6 +43,7 @@ def _saved(policy: Policy, step: Any) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
+@pytest.mark.lane
 @pytest.mark.parametrize("model", ["v3", "moonlight", "v2", "qwen", "llama"])
 def test_memory_of_a_training_step(model: str) -> None:
     generator = torch.Generator().manual_seed(0)
