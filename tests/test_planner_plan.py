@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from r1mega import cli
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
 from r1mega.config.loading import load_layout
 from r1mega.errors import UserError
@@ -64,10 +65,10 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "500"], "tp x cp x pp = 16 does not divide the 500 ranks; 512 would do"),
         (["layout.tp=3", "layout.pp=8"], "tp x cp x pp = 24 does not divide the 512 ranks; 768 would do"),
         (["layout.tp=16", "layout.ep=16", "layout.pipeline=Et|t*59|tmL"], "has 3 stages, but pp x vpp = 16 x 1"),
-        (["layout.ep=48", "layout.pp=1", "run.ranks=480"], "ep=48 does not divide the model's 256 experts; 64 does"),
+        (["layout.ep=48", "layout.pp=1", "run.ranks=480"], "ep=48 does not divide the model's 256 experts; 32 does"),
         (["--offload", "2"], "--offload 2: expected a share from 0 to 1"),
         (["--gpus", "0"], "--gpus 0: expected more than 0"),
-        (["--engine-tp", "48"], "servers of 48 GPUs do not divide 512; nearest: --engine-tp 64"),
+        (["--engine-tp", "48"], "servers of 48 GPUs do not divide 512 GPUs or the model; nearest: 32"),
         (["--search", "--stage", "cold-start"], "does not train"),
         (["--search", "--stage", "nowhere"], "there is no such stage"),
         (["--search", "--gpus", "8"], "no layout fits 8 H100: the nearest"),
@@ -105,21 +106,21 @@ def test_a_device_takes_another_network_and_host() -> None:
 
 
 def test_engines_share_all_weights_but_what_every_gpu_needs() -> None:
-    whole = engine_weights(V3, Engine(tp=1))
+    whole = engine_weights(V3, Engine(EngineLayout(tp=1, ep=1)))
     # Two bytes of everything, MTP left out, which is no part of the model served.
     trunk = replace(V3, mtp_layers=0)
     assert whole == pytest.approx(2 * 671.0264e9, rel=1e-4)
-    assert engine_weights(trunk, Engine(tp=32)) == pytest.approx(whole / 32, rel=0.06)
-    assert engine_weights(V3, Engine(tp=16, fp8=True)) == pytest.approx(whole / 32, rel=0.1)
+    assert engine_weights(trunk, Engine(EngineLayout(tp=32, ep=32))) == pytest.approx(whole / 32, rel=0.06)
+    assert engine_weights(V3, Engine(EngineLayout(tp=16, ep=16), fp8=True)) == pytest.approx(whole / 32, rel=0.1)
     # Attention in 8 copies costs each GPU more of it, and no more experts.
-    more = engine_weights(V3, Engine(tp=64, attn_dp=8)) - engine_weights(V3, Engine(tp=64))
+    more = engine_weights(V3, Engine(EngineLayout(tp=64, ep=64, attn_dp=8))) - engine_weights(V3, Engine(EngineLayout(tp=64, ep=64)))
     attention = 2 * 61 * 187e6
     assert more == pytest.approx(attention / 8 - attention / 64, rel=0.15)
 
 
 def test_the_cache_of_latent_attention() -> None:
-    assert cache_bytes(V3, Engine(tp=8)) == 2 * 61 * 576
-    assert cache_bytes(QWEN, Engine(tp=2)) == 2 * 28 * 2 * 4 * 128 / 2
+    assert cache_bytes(V3, Engine(EngineLayout(tp=8, ep=8))) == 2 * 61 * 576
+    assert cache_bytes(QWEN, Engine(EngineLayout(tp=2, ep=2))) == 2 * 28 * 2 * 4 * 128 / 2
 
 
 def test_response_lengths() -> None:
@@ -132,7 +133,7 @@ def test_response_lengths() -> None:
 
 def test_a_rollout_takes_longer_with_longer_responses_and_not_in_proportion_with_more() -> None:
     def seconds(responses: int, mean: float) -> float:
-        return rollout_seconds(V3, Engine(tp=32), DEVICES["h100"], 256, responses, Lengths(200, mean, 8192))
+        return rollout_seconds(V3, Engine(EngineLayout(tp=32, ep=32)), DEVICES["h100"], 256, responses, Lengths(200, mean, 8192))
 
     assert seconds(512, 2000) > 1.3 * seconds(512, 1000)
     # Reading the weights is shared by the batch.

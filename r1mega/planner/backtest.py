@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
 from r1mega.planner.activations import bytes_of, tensors
 from r1mega.planner.communication import expert_seconds
@@ -168,7 +169,7 @@ def _footprints(v3: Architecture) -> Iterator[Row]:
     everything = frozenset({"full"})
     verl = Layout(tp=8, pp=12, ep=8, pipeline="Et*5|(t*5|)*10t*6L")
     found = training_memory(trunk, verl, 96, Execution(6144, 6144, recompute=everything, offload=1.0), 16)
-    engine = Engine(tp=32, memory=0.6)
+    engine = Engine(EngineLayout(tp=32), memory=0.6)
     asleep = engine_weights(trunk, engine)
     # Asleep, the engine keeps its weights on the host (vLLM's level 1); policy and reference are parked there.
     nodes = [8 * (sum(rank.host.values()) + 2 * rank.gpu.weights + asleep) for rank in found]
@@ -188,7 +189,7 @@ def _footprints(v3: Architecture) -> Iterator[Row]:
 
 def _reinforcement(v3: Architecture) -> Iterator[Row]:
     trunk, group = replace(v3, mtp_layers=0), "RL on V3, order of magnitude"
-    engine, device = Engine(tp=32), DEVICES["h100"]
+    engine, device = Engine(EngineLayout(tp=32)), DEVICES["h100"]
     lengths = Lengths(prompt=200, mean=701, cap=1536)
     layout = Layout(pp=16, ep=16, pipeline="Ettt|(tttt|)*14ttL")
     how = Execution(1736, 901, recompute=frozenset({"full"}), moment_bytes=2)
@@ -202,6 +203,6 @@ def _reinforcement(v3: Architecture) -> Iterator[Row]:
     seconds = sync_seconds(trunk, engine, device, 256, 256, direct=True)
     yield Row(group, "NeMo-RL: PP16 x EP16 to TP32 x DP8, shard to shard", "s", 2.61, seconds, None, note=note)
     lengths = Lengths(prompt=500, mean=1960, cap=4096)
-    seconds = rollout_seconds(trunk, Engine(tp=32, memory=0.6), DEVICES["h20"], 96, 512 * 8, lengths)
+    seconds = rollout_seconds(trunk, Engine(EngineLayout(tp=32), memory=0.6), DEVICES["h20"], 96, 512 * 8, lengths)
     note = "batch and length distribution are not published; here 512 prompts of 8, in eager mode there"
     yield Row(group, "verl, 96 H20: a rollout of mean length 1,960", "s", 1050, seconds, None, note=note)

@@ -1,30 +1,31 @@
 """What an engine's GPUs hold, how fast they generate, and how long new weights take to reach them.
 
-Weights are counted over the family's table by how SGLang cuts each kind of row: experts over all GPUs of a server, attention over those of
-one copy of it, everything else over the server (SGLang 0.5, `models/deepseek_v2.py`).
+Weights are those of `weights.engine`, where SGLang keeps every tensor. A sync's time here is a bound on one link; `tools/plan_sync`
+schedules it.
 """
 
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
 from math import ceil, erf, exp, log, prod, sqrt
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.devices import Device
 from r1mega.planner.flops import decode_flops
-from r1mega.weights import families
 from r1mega.weights.architecture import Architecture
-from r1mega.weights.table import Row, Shard, Storage
+from r1mega.weights.blocks import BLOCK
+from r1mega.weights.engine import engine_params
+from r1mega.weights.table import Storage
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Servers of `tp` GPUs each. `attn_dp`: copies of the attention in a server, each on its own share of the sequences.
+    """Servers cut as `layout` says. `fp8`: block-FP8 weights where DeepSeek's checkpoints have them.
 
-    `fp8`: block-FP8 weights where DeepSeek's checkpoints have them. `memory`: share of a GPU for weights and key-value cache.
+    `memory`: share of a GPU for weights and key-value cache.
     """
 
-    tp: int
-    attn_dp: int = 1
+    layout: EngineLayout
     fp8: bool = False
     memory: float = 0.8
 
@@ -56,33 +57,32 @@ class Lengths:
 
 
 def engine_weights(arch: Architecture, engine: Engine) -> float:
-    """Bytes of weights on one GPU of a server."""
-    table = families.table(arch)
-    head = () if table.head is None else (table.head,)
-    return sum(_row_bytes(row, engine) for row in chain((table.embedding, table.final_norm), head, *table.layers))
+    """Bytes of weights on one GPU of a server, from the boxes that a weight sync sends it; the MTP layer is not served."""
+    return sum(_held(arch, engine))
 
 
-def _row_bytes(row: Row, engine: Engine) -> float:
-    parts = engine.tp
-    if "self_attn" in row.tensor:
-        parts = engine.tp // engine.attn_dp
-    if row.shard is Shard.WHOLE:
-        parts = 1
-    # A float32 scale for each block of 128 x 128.
-    size = 1 + 4 / 128**2 if engine.fp8 and row.storage is Storage.BLOCK_FP8 else 2.0
-    return size * prod(row.shape) * max(1, row.experts) / parts
+@lru_cache(maxsize=64)
+def _held(arch: Architecture, engine: Engine) -> tuple[float, float]:
+    """(bytes of everything else, bytes of routed experts) on the first GPU; the others hold as much, but for padding."""
+    held = [0.0, 0.0]
+    for param in engine_params(arch, engine.layout, 0):
+        # A float32 scale for each block of 128 x 128.
+        size = 1 + 4 / BLOCK**2 if engine.fp8 and param.storage is Storage.BLOCK_FP8 else 2
+        size = 4 if param.storage is Storage.FLOAT32 else size
+        held[param.is_expert] += size * prod(param.shape)
+    return held[0], held[1]
 
 
 def cache_bytes(arch: Architecture, engine: Engine) -> float:
     """Bytes of key-value cache per token on each GPU that holds the sequence. Latents are whole on every GPU of an attention copy."""
     if arch.mla is not None:
         return 2.0 * arch.layers * (arch.mla.kv_lora_rank + arch.mla.qk_rope_head_dim)
-    return 2.0 * arch.layers * 2 * arch.kv_heads * arch.head_dim / min(engine.tp // engine.attn_dp, arch.kv_heads)
+    return 2.0 * arch.layers * 2 * arch.kv_heads * arch.head_dim / min(engine.layout.attn_tp, arch.kv_heads)
 
 
 def cache_tokens(arch: Architecture, engine: Engine, device: Device) -> float:
     """Tokens that the key-value cache of one server holds; negative when the weights alone do not fit."""
-    return (engine.memory * device.hbm - engine_weights(arch, engine)) / cache_bytes(arch, engine) * engine.attn_dp
+    return (engine.memory * device.hbm - engine_weights(arch, engine)) / cache_bytes(arch, engine) * engine.layout.attn_dp
 
 
 def decode_seconds(
@@ -95,12 +95,12 @@ def decode_seconds(
     read = engine_weights(arch, engine)
     if arch.moe is not None:
         touched = 1 - (1 - arch.moe.top_k / arch.moe.experts) ** batch
-        routed = sum(_row_bytes(row, engine) for rows in families.table(arch).layers for row in rows if row.experts)
+        routed = _held(arch, engine)[1]
         read -= routed * (1 - touched)
-    read += cache_bytes(arch, engine) * context * batch / engine.attn_dp
-    flops = decode_flops(arch, context) * batch / engine.tp
+    read += cache_bytes(arch, engine) * context * batch / engine.layout.attn_dp
+    flops = decode_flops(arch, context) * batch / engine.layout.tp
     compute = flops / (device.bf16 * constants.gemm_bf16[device.generation])
-    collectives = 2 * arch.layers * constants.collective_s if engine.tp > 1 else 0.0
+    collectives = 2 * arch.layers * constants.collective_s if engine.layout.tp > 1 else 0.0
     return max(read / (device.hbm_rate * constants.decode_hbm), compute) + collectives
 
 
@@ -111,7 +111,7 @@ def rollout_seconds(
 
     Continuous batching keeps a server at its largest batch while responses wait; then the batch falls as the length distribution does.
     """
-    servers = max(1, gpus // engine.tp)
+    servers = max(1, gpus // engine.layout.tp)
     mine = ceil(responses / servers)
     expected = lengths.expected()
     room = max(1.0, cache_tokens(arch, engine, device) / (lengths.prompt + expected))
@@ -127,7 +127,7 @@ def rollout_seconds(
         if alive * servers < 0.5:
             break
         total += width * decode_seconds(arch, engine, device, max(1.0, alive), lengths.prompt + at, constants)
-    prefill = 2 * decode_flops(arch, lengths.prompt / 2) / 2 * lengths.prompt * mine / engine.tp
+    prefill = 2 * decode_flops(arch, lengths.prompt / 2) / 2 * lengths.prompt * mine / engine.layout.tp
     return total + prefill / (device.bf16 * constants.gemm_bf16[device.generation])
 
 
@@ -142,4 +142,4 @@ def sync_seconds(
     rate = device.network * constants.network
     if direct:
         return max(shard, shard * gpus / trainers) / rate
-    return shard * engine.tp / rate
+    return shard * engine.layout.tp / rate

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil
+from math import ceil, gcd
 from typing import Any, Literal
 
 from r1mega.config.base import largest
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
 from r1mega.config.schema import Recipe
 from r1mega.config.stages import Distill, Evaluate, Grpo, Preference, Pretrain, Rejection, Sft, Stage
@@ -21,6 +22,7 @@ from r1mega.planner.memory import RankMemory, training_memory
 from r1mega.planner.search import Search, rounded, search
 from r1mega.planner.step import step
 from r1mega.weights.architecture import Architecture
+from r1mega.weights.engine import check_engine
 from r1mega.weights.pipeline import stages
 from r1mega.weights.placement import check_layout
 
@@ -98,8 +100,10 @@ class StagePlan:
 
     def record(self) -> dict[str, Any]:
         """As JSON: bytes, seconds, FLOPs."""
-        layout = None if self.layout is None else self.layout.model_dump()
-        return {**asdict(self), "layout": layout}
+        record = {**asdict(self), "layout": None if self.layout is None else self.layout.model_dump()}
+        if self.generation is not None:
+            record["generation"]["engine"]["layout"] = self.generation.engine.layout.model_dump()
+        return record
 
 
 def plan(recipe: Recipe, architectures: dict[str, Architecture], settings: Settings, constants: Constants = CONSTANTS) -> list[StagePlan]:
@@ -141,7 +145,7 @@ def fitting(arch: Architecture, layout: Layout, gpus: int, where: str) -> None:
         check_layout(arch, layout)
         stages(arch, layout)
     except (UserError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {str(error).removeprefix('layout: ')}") from None
 
 
 def trained(arch: Architecture, layout: Layout, mtp_loss: float) -> tuple[Architecture, Layout]:
@@ -156,14 +160,34 @@ def chunks(train: Train, sequences: int, length: float) -> int:
     return ceil(sequences * min(length, train.chunk_tokens) / train.chunk_tokens)
 
 
-def smallest_engine(arch: Architecture, device: Device, fp8: bool, memory: float = 0.8) -> Engine:
-    """The smallest server whose weights leave half of its memory to the key-value cache, or the largest that divides the heads."""
-    sizes = [tp for tp in (1, 2, 4, 8, 16, 32, 64) if arch.heads % tp == 0]
-    for tp in sizes:
-        engine = Engine(tp, tp if arch.mla is not None and tp > 8 else 1, fp8, memory)
-        if engine_weights(arch, engine) <= 0.5 * memory * device.hbm:
-            return engine
-    return engine
+def smallest_engine(arch: Architecture, device: Device, gpus: int, fp8: bool, memory: float = 0.8) -> Engine:
+    """The smallest servers whose weights leave half of their memory to the key-value cache, or the largest that there can be."""
+    sizes = [tp for tp in SERVERS if gpus % tp == 0 and _serves(arch, tp)]
+    if not sizes:
+        raise UserError(f"no server of {', '.join(map(str, SERVERS))} GPUs divides {gpus:,} GPUs and the model; say --engine-tp")
+    engines = (_server(arch, tp, gpus, fp8, memory) for tp in sizes)
+    return next(
+        (engine for engine in engines if engine_weights(arch, engine) <= 0.5 * memory * device.hbm),
+        _server(arch, sizes[-1], gpus, fp8, memory),
+    )
+
+
+SERVERS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def _server(arch: Architecture, tp: int, gpus: int, fp8: bool, memory: float = 0.8) -> Engine:
+    """Servers of `tp` GPUs: experts spread whole, and across nodes a copy of the attention on each GPU, as DeepSeek-V3 is served."""
+    spread = arch.mla is not None and arch.moe is not None and tp > 8
+    ep = gcd(tp, arch.moe.experts) if arch.moe is not None else 1
+    return Engine(EngineLayout(servers=gpus // tp, tp=tp, ep=ep, attn_dp=tp if spread else 1), fp8, memory)
+
+
+def _serves(arch: Architecture, tp: int) -> bool:
+    try:
+        check_engine(arch, _server(arch, tp, tp, False).layout)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -260,7 +284,7 @@ class _Planner:
 
     def _generation_alone(self) -> StagePlan:
         engine = self._engine()
-        generation = self._generation(engine, self.settings.gpus)
+        generation = self._generation(engine)
         flops = {"generation": decode_flops(self.arch, 4096)}
         problems = self._engine_problems(generation, None)
         return self._result(None, 0, None, [], generation, {}, {}, None, 0.0, flops, None, problems)
@@ -280,11 +304,11 @@ class _Planner:
             arch, layout, settings.gpus, how, count, copies=others + bool(others), bucket_bytes=SYNC_BUCKET, constants=constants
         )
         engine = self._engine()
-        generation = self._generation(engine, settings.gpus)
+        generation = self._generation(engine)
         trained_step = step(arch, layout, settings.gpus, how, count, settings.device, constants)
         forward = self._forward(arch, layout, how, count) * stage.updates_per_rollout
         seconds = {
-            "rollout": rollout_seconds(self.arch, engine, settings.device, settings.gpus, samples, lengths, constants),
+            "rollout": rollout_seconds(self.arch, engine, settings.device, engine.layout.ranks, samples, lengths, constants),
             "reference": forward * reference,
             "reward models": forward * len(stage.reward_models),
             # The first minibatch's old log-probs are those of its own training forward.
@@ -335,20 +359,28 @@ class _Planner:
     # ------------------------------------------------------------ the engine and the host
 
     def _engine(self) -> Engine:
-        """The engine of the recipe; how it is cut is not said there, so the smallest that leaves room for a cache."""
-        fp8 = self.settings.engine_fp8
-        if self.settings.engine_tp is None:
-            return smallest_engine(self.arch, self.settings.device, fp8)
-        tp = self.settings.engine_tp
-        return Engine(tp, tp if self.arch.mla is not None and tp > 8 else 1, fp8)
+        """As `--engine-tp` says, or the recipe's servers; where neither says anything, the smallest that leave room for a cache."""
+        settings, sglang = self.settings, self.recipe.rollout.sglang
+        tp = settings.engine_tp
+        if tp is not None:
+            if settings.gpus % tp or not _serves(self.arch, tp):
+                near = [size for size in SERVERS if settings.gpus % size == 0 and _serves(self.arch, size)]
+                nearest = min(near, key=lambda size: abs(size - tp), default=None)
+                raise UserError(
+                    f"--engine-tp {tp}: servers of {tp} GPUs do not divide {settings.gpus:,} GPUs or the model; nearest: {nearest}"
+                )
+            return _server(self.arch, tp, settings.gpus, settings.engine_fp8)
+        if sglang.layout != EngineLayout():
+            check_engine(self.arch, sglang.layout)
+            return Engine(sglang.layout, settings.engine_fp8, sglang.mem_fraction or 0.8)
+        return smallest_engine(self.arch, settings.device, settings.gpus, settings.engine_fp8)
 
-    def _generation(self, engine: Engine, gpus: int) -> Generation:
-        if engine.tp > gpus or gpus % engine.tp:
-            near = max(tp for tp in (1, 2, 4, 8, 16, 32, 64) if tp <= gpus and gpus % tp == 0)
-            raise UserError(f"stages.{self.name}: servers of {engine.tp} GPUs do not divide {gpus:,}; nearest: --engine-tp {near}")
+    def _generation(self, engine: Engine) -> Generation:
         weights = engine_weights(self.arch, engine)
         device = self.settings.device
-        return Generation(engine, gpus // engine.tp, weights, engine.memory * device.hbm - weights, cache_tokens(self.arch, engine, device))
+        return Generation(
+            engine, engine.layout.servers, weights, engine.memory * device.hbm - weights, cache_tokens(self.arch, engine, device)
+        )
 
     def _host(self, memory: Sequence[RankMemory], generation: Generation | None = None) -> dict[str, float]:
         """Of the fullest node: what its ranks keep there; with engines on the same GPUs, what the trainer leaves to them as well."""

@@ -95,7 +95,7 @@ def bar(gpu: Memory, capacity: float) -> str:
 
 
 def _generation(found: Generation) -> Iterator[str]:
-    engine = found.engine
+    engine = found.engine.layout
     how = f"{engine.tp} GPU{'s' if engine.tp > 1 else ''}{f', attention in {engine.attn_dp} copies' if engine.attn_dp > 1 else ''}"
     yield (
         f"  engine: {found.servers:,} servers of {how}; a GPU holds {found.weights / _GB:.1f} GB of weights and "
