@@ -6,15 +6,16 @@ schedules it.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, erf, exp, log, prod, sqrt
+from math import ceil, erf, exp, gcd, log, prod, sqrt
 
 from r1mega.config.engine_layout import EngineLayout
+from r1mega.errors import UserError
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.devices import Device
 from r1mega.planner.flops import decode_flops
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.blocks import BLOCK
-from r1mega.weights.engine import engine_params
+from r1mega.weights.engine import check_engine, engine_params
 from r1mega.weights.table import Storage
 
 
@@ -54,6 +55,37 @@ class Lengths:
     def median(self) -> float:
         """Half of the responses are longer."""
         return min(self.cap, self.mean * exp(-(self.deviation**2) / 2))
+
+
+SERVERS = (1, 2, 4, 8, 16, 32, 64)
+"""GPUs of a server, of which one is chosen where nobody says."""
+
+
+def smallest_engine(arch: Architecture, device: Device, gpus: int, fp8: bool, memory: float = 0.8) -> Engine:
+    """The smallest servers whose weights leave half of their memory to the key-value cache, or the largest that there can be."""
+    sizes = [tp for tp in SERVERS if gpus % tp == 0 and serves(arch, tp)]
+    if not sizes:
+        raise UserError(f"no server of {', '.join(map(str, SERVERS))} GPUs divides {gpus:,} GPUs and the model; say --engine-tp")
+    engines = (server(arch, tp, gpus, fp8, memory) for tp in sizes)
+    return next(
+        (engine for engine in engines if engine_weights(arch, engine) <= 0.5 * memory * device.hbm),
+        server(arch, sizes[-1], gpus, fp8, memory),
+    )
+
+
+def server(arch: Architecture, tp: int, gpus: int, fp8: bool, memory: float = 0.8) -> Engine:
+    """Servers of `tp` GPUs: experts spread whole, and across nodes a copy of the attention on each GPU, as DeepSeek-V3 is served."""
+    spread = arch.mla is not None and arch.moe is not None and tp > 8
+    ep = gcd(tp, arch.moe.experts) if arch.moe is not None else 1
+    return Engine(EngineLayout(servers=gpus // tp, tp=tp, ep=ep, attn_dp=tp if spread else 1), fp8, memory)
+
+
+def serves(arch: Architecture, tp: int) -> bool:
+    try:
+        check_engine(arch, server(arch, tp, tp, False).layout)
+    except UserError:
+        return False
+    return True
 
 
 def engine_weights(arch: Architecture, engine: Engine) -> float:

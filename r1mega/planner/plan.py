@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil, gcd
+from math import ceil
 from typing import Any, Literal
 
 from r1mega.config.base import largest
@@ -15,10 +15,22 @@ from r1mega.errors import UserError
 from r1mega.planner.compute import Costs, Seconds
 from r1mega.planner.constants import CONSTANTS, Constants
 from r1mega.planner.devices import Device
-from r1mega.planner.engine import Engine, Lengths, cache_tokens, engine_weights, rollout_seconds, sync_seconds
+from r1mega.planner.engine import (
+    SERVERS,
+    Engine,
+    Lengths,
+    cache_tokens,
+    engine_weights,
+    rollout_seconds,
+    server,
+    serves,
+    smallest_engine,
+    sync_seconds,
+)
 from r1mega.planner.execution import Execution, execution
 from r1mega.planner.flops import decode_flops, forward_flops, training_flops
 from r1mega.planner.memory import RankMemory, training_memory
+from r1mega.planner.schedule import bubble
 from r1mega.planner.search import Search, rounded, search
 from r1mega.planner.step import step
 from r1mega.weights.architecture import Architecture
@@ -158,36 +170,6 @@ def trained(arch: Architecture, layout: Layout, mtp_loss: float) -> tuple[Archit
 def chunks(train: Train, sequences: int, length: float) -> int:
     """Full micro-batches of one optimizer step, over all ranks."""
     return ceil(sequences * min(length, train.chunk_tokens) / train.chunk_tokens)
-
-
-def smallest_engine(arch: Architecture, device: Device, gpus: int, fp8: bool, memory: float = 0.8) -> Engine:
-    """The smallest servers whose weights leave half of their memory to the key-value cache, or the largest that there can be."""
-    sizes = [tp for tp in SERVERS if gpus % tp == 0 and _serves(arch, tp)]
-    if not sizes:
-        raise UserError(f"no server of {', '.join(map(str, SERVERS))} GPUs divides {gpus:,} GPUs and the model; say --engine-tp")
-    engines = (_server(arch, tp, gpus, fp8, memory) for tp in sizes)
-    return next(
-        (engine for engine in engines if engine_weights(arch, engine) <= 0.5 * memory * device.hbm),
-        _server(arch, sizes[-1], gpus, fp8, memory),
-    )
-
-
-SERVERS = (1, 2, 4, 8, 16, 32, 64)
-
-
-def _server(arch: Architecture, tp: int, gpus: int, fp8: bool, memory: float = 0.8) -> Engine:
-    """Servers of `tp` GPUs: experts spread whole, and across nodes a copy of the attention on each GPU, as DeepSeek-V3 is served."""
-    spread = arch.mla is not None and arch.moe is not None and tp > 8
-    ep = gcd(tp, arch.moe.experts) if arch.moe is not None else 1
-    return Engine(EngineLayout(servers=gpus // tp, tp=tp, ep=ep, attn_dp=tp if spread else 1), fp8, memory)
-
-
-def _serves(arch: Architecture, tp: int) -> bool:
-    try:
-        check_engine(arch, _server(arch, tp, tp, False).layout)
-    except UserError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -333,7 +315,7 @@ class _Planner:
     def _forward(self, arch: Architecture, layout: Layout, how: Execution, count: int) -> float:
         costs = Costs.of(arch, layout, how, self.settings.device, self.constants, training=False)
         found = [costs.stage(chunks).total for chunks in stages(arch, layout)]
-        return max(found) * count + sum(found) / len(found) * (layout.pp - 1) / layout.vpp
+        return max(found) * count + sum(found) / len(found) * count * bubble(layout.pp, layout.vpp, count)
 
     def _result(
         self,
@@ -363,13 +345,13 @@ class _Planner:
         settings, sglang = self.settings, self.recipe.rollout.sglang
         tp = settings.engine_tp
         if tp is not None:
-            if settings.gpus % tp or not _serves(self.arch, tp):
-                near = [size for size in SERVERS if settings.gpus % size == 0 and _serves(self.arch, size)]
+            if settings.gpus % tp or not serves(self.arch, tp):
+                near = [size for size in SERVERS if settings.gpus % size == 0 and serves(self.arch, size)]
                 nearest = min(near, key=lambda size: abs(size - tp), default=None)
                 raise UserError(
                     f"--engine-tp {tp}: servers of {tp} GPUs do not divide {settings.gpus:,} GPUs or the model; nearest: {nearest}"
                 )
-            return _server(self.arch, tp, settings.gpus, settings.engine_fp8)
+            return server(self.arch, tp, settings.gpus, settings.engine_fp8)
         if sglang.layout != EngineLayout():
             check_engine(self.arch, sglang.layout)
             return Engine(sglang.layout, settings.engine_fp8, sglang.mem_fraction or 0.8)

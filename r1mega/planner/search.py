@@ -17,15 +17,9 @@ from r1mega.planner.memory import Memory, training_memory
 from r1mega.planner.step import Step, step
 from r1mega.weights.architecture import Architecture
 
-RECOMPUTE = (
-    frozenset[str](),
-    frozenset({"mla_up_proj"}),
-    frozenset({"mla_up_proj", "mlp"}),
-    SELECTIVE,
-    SELECTIVE | {"moe_act"},
-    frozenset({"full"}),
-)
-"""From the fastest to the one that keeps least."""
+EVERYTHING = frozenset({"full"})
+RECOMPUTE = {frozenset[str](): "none", SELECTIVE: "selective", EVERYTHING: "full"}
+"""What `train.recompute` can say, from the fastest to the one that keeps least."""
 
 OFFLOAD = (0.0, 0.5, 1.0)
 
@@ -79,7 +73,7 @@ class Search:
 
 
 def _record(one: Found, best: Found) -> dict[str, Any]:
-    execution = {"recompute": sorted(one.execution.recompute), "offload": one.execution.offload, "micro_batches": one.micro_batches}
+    execution = {"recompute": RECOMPUTE[one.execution.recompute], "offload": one.execution.offload, "micro_batches": one.micro_batches}
     figures = {"bytes": one.bytes_needed, "seconds": one.step.seconds, "phases": one.step.phases(), "loses_by": one.loses(best)}
     return {"layout": one.layout.model_dump(), **execution, **figures}
 
@@ -145,10 +139,10 @@ def _evaluated(
     def needed(recompute: frozenset[str], offload: float) -> float:
         return max(gpu.total - offload * gpu.optimizer for gpu in parts(recompute))
 
-    if needed(RECOMPUTE[-1], 1.0) > room:
-        worst = max(parts(RECOMPUTE[-1]), key=lambda gpu: gpu.total - gpu.optimizer)
+    if needed(EVERYTHING, 1.0) > room:
+        worst = max(parts(EVERYTHING), key=lambda gpu: gpu.total - gpu.optimizer)
         named = {**worst.parts(), "optimizer": 0.0}
-        return Rejected(layout, needed(RECOMPUTE[-1], 1.0), max(named, key=lambda part: named[part]))
+        return Rejected(layout, needed(EVERYTHING, 1.0), max(named, key=lambda part: named[part]))
     best = None
     for offload in OFFLOAD:
         recompute = next((recompute for recompute in RECOMPUTE if needed(recompute, offload) <= room), None)

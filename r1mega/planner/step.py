@@ -10,6 +10,7 @@ from r1mega.planner.devices import Device
 from r1mega.planner.execution import Execution
 from r1mega.planner.memory import owned_values
 from r1mega.planner.parameters import Values, cut, kinds, stage_values
+from r1mega.planner.schedule import bubble
 from r1mega.weights.architecture import Architecture
 
 
@@ -52,7 +53,7 @@ def step(
     values = max(stage_values(arch, layout), key=lambda found: found.trained)
     return Step(
         busy=slowest * micro_batches,
-        bubble=mean * (layout.pp - 1) / layout.vpp,
+        bubble=mean * micro_batches * bubble(layout.pp, layout.vpp, micro_batches),
         gradients=0.0 if how.grad_overlap else gradient_seconds(layout, ranks, values, how, device, constants),
         optimizer=optimizer_seconds(layout, ranks, values, how, device, constants),
         tokens_per_gpu=how.tokens * micro_batches * layout.dp(ranks) / ranks,

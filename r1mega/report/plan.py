@@ -10,7 +10,7 @@ from r1mega.planner.compute import PARTS, Seconds
 from r1mega.planner.devices import Device
 from r1mega.planner.memory import Memory, RankMemory
 from r1mega.planner.plan import Generation, Problem, StagePlan
-from r1mega.planner.search import Found, Search, short
+from r1mega.planner.search import RECOMPUTE, Found, Search, short
 from r1mega.report.audit import columns, spans
 
 WIDTH = 60
@@ -140,8 +140,7 @@ def ranked(name: str, found: Search, device: Device, ranks: int, top: int) -> It
         how = one.execution
         loses = "" if one is best else f"{one.step.seconds / best.step.seconds - 1:.1%}: {one.loses(best)}"
         figures = [f"{one.bytes_needed / _GB:.1f}", f"{one.step.seconds:.2f}", f"{one.tokens_per_second:,.0f}"]
-        recompute = "+".join(sorted(how.recompute)) or "none"
-        rows.append([str(index), short(one.layout), recompute, f"{how.offload:g}", str(one.micro_batches), *figures, loses])
+        rows.append([str(index), short(one.layout), RECOMPUTE[how.recompute], f"{how.offload:g}", str(one.micro_batches), *figures, loses])
     yield from columns(rows, numbers=False)
     listed = {id(one) for one in shown}
     slower = Counter(one.loses(best) for one in found.found if id(one) not in listed)
