@@ -56,6 +56,18 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[-1] == "everything fits"
 
 
+def test_the_worked_example_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/sizing.md: 256 H100, the layout that its search found."""
+    page = (ROOT / "docs/sizing.md").read_text(encoding="utf-8")
+    layout = next(line.strip().strip("'") for line in page.splitlines() if line.strip().startswith("'layout="))
+    assert cli.main(["plan", R1, "--gpus", "256", "--response", "8000", layout]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "everything fits"
+    shown = [line[4:] for line in page.splitlines() if line.startswith("    zero (grpo)") or line.startswith("      engine:")]
+    assert len(shown) == 2
+    assert all(line in printed for line in shown)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
