@@ -81,11 +81,7 @@ def _memory(v3: Architecture) -> Iterator[Row]:
         return tokens * sum(bytes_of(saved, how) for saved in tensors(v3, how, moe=True) if name in saved.name)
 
     def saved(module: str, how: Execution) -> float:
-        return (
-            found.gpu.activations - _stage(v3, replace(plain, recompute=frozenset({module}))).gpu.activations
-            if how is plain
-            else (_stage(v3, how).gpu.activations - _stage(v3, replace(how, recompute=frozenset({module}))).gpu.activations)
-        )
+        return _stage(v3, how).gpu.activations - _stage(v3, replace(how, recompute=frozenset({module}))).gpu.activations
 
     yield _gib("saved by memory-efficient permutation", 26.3, kept("experts' outputs", plain), 0.15)
     yield _gib("saved by FP8 activations", 16.0, found.gpu.activations - _stage(v3, fp8).gpu.activations, 0.15)
