@@ -297,6 +297,76 @@ def _audit_rank(folder: Path, path: Path, rank: int) -> tuple[list[str], dict[st
     return built(rank, file, params, wrong, shapes.LIBRARY), record, not wrong
 
 
+def _declare_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that train (default: run.ranks)")
+    parser.add_argument(
+        "--device", default="h100", metavar="NAME", help="h100, h800, h200, h20, b200, b300, gb200 or gb300 (default: h100)"
+    )
+    parser.add_argument(
+        "--link", metavar="NAME", help="network of a GPU: ndr, hdr, xdr, roce400 or roce200 (default: the device's usual one)"
+    )
+    parser.add_argument("--host-memory", type=float, metavar="GB", help="of a node (default: what such nodes usually have)")
+    parser.add_argument("--response", type=float, metavar="TOKENS", help="mean length of responses (default: 0.3 of max_new_tokens)")
+    parser.add_argument("--offload", type=float, default=0.0, metavar="SHARE", help="of the optimizer's states on the host (default: 0)")
+    parser.add_argument("--moments", choices=("float32", "bfloat16"), default="float32", help="dtype of Adam's moments (default: float32)")
+    parser.add_argument("--engine-tp", type=int, metavar="N", help="GPUs of a server (default: the fewest that leave room for its cache)")
+    parser.add_argument("--engine-fp8", action="store_true", help="servers hold block FP8")
+    parser.add_argument("--search", action="store_true", help="rank all layouts for a stage's training instead")
+    parser.add_argument("--stage", metavar="NAME", help="the stage that --search is for (default: the first that trains)")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as layout.tp=8")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from r1mega.config.loading import load_recipe
+    from r1mega.pipeline.files import check_writable, write_json
+    from r1mega.pipeline.preflight import architectures
+    from r1mega.planner.devices import device
+    from r1mega.planner.plan import Settings, plan, searched
+    from r1mega.report.plan import described, ranked, verdict
+
+    if options.json:
+        check_writable(options.json, "--json")
+    if not 0 <= options.offload <= 1:
+        raise UserError(f"--offload {options.offload:g}: expected a share from 0 to 1")
+    for name in ("gpus", "response", "engine_tp", "host_memory", "top"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: expected more than 0")
+    found = device(options.device, options.link, options.host_memory)
+    changes = [] if options.gpus is None else [f"run.ranks={options.gpus}"]
+    # A search has no use for the recipe's layout, which need not divide these GPUs.
+    changes += ["layout={}"] if options.search else []
+    recipe = load_recipe(options.recipe, [*options.overrides, *changes], inputs=False)
+    settings = Settings(
+        found,
+        recipe.run.ranks,
+        response=options.response,
+        offload=options.offload,
+        moment_bytes=2.0 if options.moments == "bfloat16" else 4.0,
+        engine_tp=options.engine_tp,
+        engine_fp8=options.engine_fp8,
+    )
+    if options.search:
+        name, ranking = searched(recipe, options.stage, architectures(recipe), settings)
+        print(*ranked(name, ranking, found, recipe.run.ranks, options.top), sep="\n")
+        if options.json:
+            write_json(options.json, ranking.record())
+        return 0
+    stages = plan(recipe, architectures(recipe), settings)
+    print(*described(stages, found), sep="\n")
+    if options.json:
+        record = {
+            "recipe": recipe.name,
+            "device": asdict(found),
+            "verdict": verdict(stages),
+            "stages": [stage.record() for stage in stages],
+        }
+        write_json(options.json, record)
+    return 0
+
+
 def _declare_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("key", nargs="?", default="", metavar="KEY", help="such as stages.zero.objective.clip, or grpo.objective.clip")
 
@@ -317,6 +387,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "sample": ("ask a model something in the terminal", _declare_sample, _sample),
     "convert": ("from Hugging Face to Megatron and back, to another dtype or to block FP8", _declare_convert, _convert),
     "audit": ("what a model folder holds and what is wrong with it, or what the ranks of a layout hold", _declare_audit, _audit),
+    "plan": ("what a recipe needs of a cluster, where its time goes, and what does not fit", _declare_plan, _plan),
     "explain": ("what a key of a recipe means, or the keys below it", _declare_explain, _explain),
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 from pydantic import Field, model_validator
 
@@ -50,15 +51,23 @@ class Layout(Closed):
     def dp(self, world_size: int) -> int:
         """Data-parallel size of the dense layers; ValueError when the world does not divide."""
         if world_size % self.model_ranks:
-            raise ValueError(f"tp x cp x pp = {self.model_ranks} does not divide the {world_size} ranks")
+            raise ValueError(
+                f"tp x cp x pp = {self.model_ranks} does not divide the {world_size} ranks; {self._nearest(world_size)} would do"
+            )
         return world_size // self.model_ranks
 
     def edp(self, world_size: int) -> int:
         """Data-parallel size of the experts; ValueError when the world does not divide."""
         expert_ranks = self.etp * self.ep * self.pp
         if world_size % expert_ranks:
-            raise ValueError(f"etp x ep x pp = {expert_ranks} does not divide the {world_size} ranks")
+            raise ValueError(f"etp x ep x pp = {expert_ranks} does not divide the {world_size} ranks; {self._nearest(world_size)} would do")
         return world_size // expert_ranks
+
+    def _nearest(self, world_size: int) -> str:
+        """The numbers of ranks next to this one that both dense layers and experts divide."""
+        unit = lcm(self.model_ranks, self.etp * self.ep * self.pp)
+        below = world_size // unit * unit
+        return f"{below} or {below + unit}" if below else str(unit)
 
     def pipeline_string(self, layers: int, mtp_layers: int) -> str:
         """Megatron-Core's layout string: the one given, or layers spread evenly with remainders on the front stages.

@@ -238,6 +238,16 @@ def origin(recipe: Recipe, reference: str) -> Path:
     return origin(recipe, next(reference for _, reference in models_of(recipe.stages[reference])))
 
 
+def architectures(recipe: Recipe) -> dict[str, "Architecture"]:
+    """The architecture of each stage's model, the student's of a distillation. A stage that asks a server has none."""
+    from r1mega.weights.architecture import Architecture, read_config
+
+    first = {name: next((reference for _, reference in models_of(stage)), None) for name, stage in recipe.stages.items()}
+    return {
+        name: Architecture.from_hf(read_config(origin(recipe, reference))) for name, reference in first.items() if reference is not None
+    }
+
+
 def _asked(stage: Stage, where: str) -> Iterator[tuple[str, PromptSet, int]]:
     """Every prompt set of a stage: its key path, itself, and the most tokens of a response."""
     if isinstance(stage, Grpo):

@@ -1,1 +1,5 @@
-"""Arithmetic on architectures: what a model costs. Nothing here needs torch."""
+"""What a model costs on a cluster, as arithmetic; nothing here needs torch.
+
+`flops`, `parameters`, `activations`, `memory`, `schedule`, `communication`, `compute`, `step`, `engine`: formulas. `devices`, `constants`:
+numbers. `plan`: a recipe. `search`: layouts. `backtest`: all of it against published figures.
+"""

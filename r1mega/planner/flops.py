@@ -26,6 +26,44 @@ def active_parameters(arch: Architecture) -> int:
     return sum(_layer(arch, index) for index in range(arch.layers)) + _head(arch)
 
 
+def layer_weights(arch: Architecture, moe: bool) -> int:
+    """Weights that one token meets in a decoder layer of either kind."""
+    return _layer(arch, arch.layers if moe or arch.moe is None else 0)
+
+
+def head_weights(arch: Architecture) -> int:
+    """Weights of the output layer."""
+    return _head(arch)
+
+
+def mtp_weights(arch: Architecture) -> int:
+    """Weights of an MTP layer's own projection, which joins hidden states and embeddings."""
+    return 2 * arch.hidden**2
+
+
+def mla_up_weights(arch: Architecture) -> int:
+    """Weights of the up projections of latent attention, which `mla_up_proj` recomputes; 0 without latent attention."""
+    if arch.mla is None:
+        return 0
+    mla, query = arch.mla, arch.heads * arch.head_dim
+    q = 0 if mla.q_lora_rank is None else mla.q_lora_rank * query
+    return q + mla.kv_lora_rank * arch.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+
+
+def attention_flops(arch: Architecture, length: int) -> float:
+    """FLOPs per token of one layer's attention core, causal: half of the full square."""
+    return arch.heads * _attended(arch) * length
+
+
+def decode_flops(arch: Architecture, context: float) -> float:
+    """FLOPs of one generated token at a context length, output head included, no MTP.
+
+    Latent attention decodes absorbed (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): each head meets the latents themselves.
+    """
+    attended = _attended(arch) if arch.mla is None else 2 * arch.mla.kv_lora_rank + arch.mla.qk_rope_head_dim
+    return 2 * (active_parameters(arch) + arch.layers * arch.heads * attended * context)
+
+
 def _head(arch: Architecture) -> int:
     return arch.hidden * (arch.vocab if arch.head == "lm" else 1)
 

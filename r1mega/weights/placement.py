@@ -5,6 +5,7 @@ Pure arithmetic on the family's table; nothing here imports Megatron or torch.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from r1mega.config.layout import Coordinates, Layout
@@ -78,7 +79,8 @@ def check_layout(arch: Architecture, layout: Layout) -> None:
         raise UserError(f"layout: ep={layout.ep} and etp={layout.etp} need a model with experts")
     for name, size, what, unit in checks:
         if what % size:
-            raise UserError(f"layout: {name}={size} does not divide the model's {what} {unit}")
+            near = min((divisor for divisor in range(1, what + 1) if what % divisor == 0), key=lambda divisor: abs(divisor - size))
+            raise UserError(f"layout: {name}={size} does not divide the model's {what} {unit}; {near} does")
 
 
 def padded_vocab(arch: Architecture, tp: int) -> int:
@@ -123,31 +125,58 @@ def stage_params(
     arch: Architecture, layout: Layout, stage: Stage, at: Coordinates, spelling: Spelling, kind: Kind = "all"
 ) -> Iterator[LocalParam]:
     """Parameters of one model chunk at the given coordinates (of which pp is ignored: the stage says it)."""
-    table = families.table(arch)
     split = _Split(layout, at, stage.chunk, spelling.spec, kind)
+    for group in stage_rows(arch, layout, stage, spelling):
+        yield from split.params(group.prefix, group.param_prefix, group.rows, group.copies)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of a model chunk: the prefixes of their tensors and parameters, and the axes along which other ranks copy them."""
+
+    prefix: str
+    param_prefix: str
+    rows: tuple[Row, ...]
+    copies: tuple[Axis, ...] = ()
+
+
+def stage_rows(arch: Architecture, layout: Layout, stage: Stage, spelling: Spelling) -> Iterator[Rows]:
+    """The rows of one model chunk, whatever the rank's share of them."""
+    table = families.table(arch)
     if stage.embedding or stage.mtp:
         tied_head = table.head is None and not (stage.embedding and stage.loss)
         copies: tuple[Axis, ...] = ("pp",) if layout.pp > 1 and (arch.mtp_layers or tied_head) else ()
-        yield from split.params("", "", (table.embedding,), copies)
+        yield Rows("", "", (table.embedding,), copies)
     for index in stage.layers:
-        yield from split.params(layer_prefix(index), f"decoder.layers.{index - stage.layers.start}.", table.layers[index])
+        yield Rows(layer_prefix(index), f"decoder.layers.{index - stage.layers.start}.", table.layers[index])
     # With MTP the final norm follows the last decoder layer, which may stand before the stage of the loss.
     if (arch.layers - 1 in stage.layers) if arch.mtp_layers else stage.loss:
-        yield from split.params("", "", (table.final_norm,))
+        yield Rows("", "", (table.final_norm,))
     for depth in stage.mtp:
         prefix, own = layer_prefix(arch.layers + depth), f"mtp.layers.{depth - stage.mtp.start}."
-        yield from split.params(prefix, own, table.mtp[depth].own)
-        yield from split.params(prefix, f"{own}{spelling.mtp_layer}.", table.mtp[depth].layer)
+        yield Rows(prefix, own, table.mtp[depth].own)
+        yield Rows(prefix, f"{own}{spelling.mtp_layer}.", table.mtp[depth].layer)
     if stage.loss:
         if table.head is not None:
-            yield from split.params("", "", (table.head,))
+            yield Rows("", "", (table.head,))
         elif not (stage.embedding or stage.mtp):
-            yield from split.params("", "", (_tied_head(table.embedding),), ("pp",))
+            yield Rows("", "", (_tied_head(table.embedding),), ("pp",))
+
+
+def local_values(row: Row, layout: Layout) -> int:
+    """Values of a row that each rank holds, padding included: of experts, those of all its experts together."""
+    if row.fused is not None and row.fused.index > 0:
+        return 0  # counted with the first part of its parameter
+    shape, _ = _Split(layout, _ORIGIN, 0, "local", "all")._regions(row)
+    return prod(shape) * (row.experts // layout.ep if row.experts else 1)
 
 
 def _tied_head(embedding: Row) -> Row:
     """The output layer of a later stage holds a copy of a tied embedding."""
     return Row(embedding.tensor, embedding.shape, "output_layer.weight", "output_layer.weight", embedding.shard)
+
+
+_ORIGIN = Coordinates(tp=0, cp=0, dp=0, pp=0, etp=0, ep=0, edp=0)
 
 
 @dataclass(frozen=True)

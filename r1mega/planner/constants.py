@@ -1,0 +1,44 @@
+"""The few numbers that no data sheet gives: how much of a peak is reached. Each names the published rows that it was fitted on.
+
+The rows are in `backtest`, where those that something was fitted on are marked; all others test it. `r1mega plan --backtest` prints them.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Fractions of peaks, unless a unit is said."""
+
+    gemm_bf16: dict[str, float] = field(default_factory=lambda: {"hopper": 0.75, "blackwell": 0.488})
+    """Matrix products in bf16, by generation. Fitted (with the five below, jointly): H100 276, 338 and 350 TFLOP/s; GB200 782 and 1,003;
+    GB300 961, 1,088 and 1,635; B200 699. Hopper's two were kept below 0.75 and 0.65, which large products alone reach."""
+    gemm_fp8: dict[str, float] = field(default_factory=lambda: {"hopper": 0.65, "blackwell": 0.373})
+    """In FP8, whatever the recipe, quantisation included. Fitted as above."""
+    ultra: float = 1.25
+    """Rate of B300 and GB300 over B200 and GB200, whose data sheets say the same peaks, but more power. Fitted as above."""
+    host_s: dict[str, float] = field(default_factory=lambda: {"none": 5.2e-3, "partial": 2.8e-3, "full": 0.0})
+    """Seconds of a layer, forward and backward of one micro-batch, in which the GPU waits for the host, by what CUDA graphs cover.
+    Fitted as above; full: none are left."""
+    overlap: float = 0.41
+    """Share of the experts' traffic that `ep_overlap` saves, net of the SMs that it takes. Fitted as above."""
+    attention: float = 0.55
+    """Attention core in bf16, forward and backward together. Not fitted: between FlashAttention-3's own figures for H100, up to 0.75
+    forward and 0.56 backward (arXiv 2407.08608, section 4.1), for heads of 192 and 128."""
+    traffic: float = 4.0
+    """Times that a byte which is kept for the backward pass goes through HBM: written and read, forward and backward. Not fitted."""
+    network: float = 0.89
+    """Of a network port. Fitted: a dispatch over 64 H100 takes 4,626 us with HybridEP."""
+    nvlink: float = 0.75
+    """Of NVLink. Fitted: 160 GB/s of H800's 200 (DeepSeek-V3, arXiv 2412.19437, section 3.2.2), less what small messages lose."""
+    host_rate: float = 3.0e11
+    """Bytes/s of a node's memory while AdamW runs there. Not fitted: half of two sockets of DDR5."""
+    decode_hbm: float = 0.6
+    """Of HBM while an engine decodes, all kernels together. Not fitted; the rows of RL steps show it in order of magnitude only."""
+    collective_s: float = 20e-6
+    """Seconds of a small collective between the GPUs of a server, two a layer. Not fitted, as above."""
+    runtime: float = 5.0e9
+    """Bytes of a GPU that CUDA, NCCL and workspaces hold: 3 to 5 GB remain of a trainer that sleeps (slime's documentation)."""
+
+
+CONSTANTS = Constants()
