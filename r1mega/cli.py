@@ -38,13 +38,40 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run (default: runs/<recipe name>)")
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder first")
+    parser.add_argument("--stage", metavar="NAME", help="run this stage alone; in a Slurm step, on all of its nodes (docs/cluster.md)")
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="with --stage: restarts of its ranks in place (default: 0)")
+    parser.add_argument(
+        "--grace", type=float, default=60.0, metavar="S", help="with --stage: seconds that it has for saving after a signal (default: 60)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as stages.zero.updates=100")
 
 
 def _run(options: argparse.Namespace) -> int:
     from r1mega.pipeline import launcher
 
+    if options.stage:
+        if options.fresh:
+            raise UserError("--fresh deletes a whole run; leave it out with --stage")
+        alone = launcher.Alone(options.stage, options.restarts, options.grace)
+        return launcher.run_stage(options.recipe, options.overrides, options.output, alone)
     return launcher.run(options.recipe, options.overrides, options.output, options.fresh)
+
+
+def _declare_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
+    parser.add_argument("--cluster", required=True, type=Path, metavar="FILE", help="YAML file, such as those in configs/clusters")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run, which all nodes see (default: as r1mega run)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write the scripts to RUN_DIR/scripts and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from r1mega.launch.submit import submit
+
+    print(*submit(options.recipe, options.cluster, options.overrides, options.output, options.dry_run), sep="\n")
+    return 0
 
 
 def _declare_check(parser: argparse.ArgumentParser) -> None:
@@ -310,6 +337,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
+    "submit": ("queue a recipe's stages on a cluster, one job each", _declare_submit, _submit),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
     "report": ("write a run as one page of HTML", _declare_report, _report),

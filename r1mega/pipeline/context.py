@@ -17,6 +17,10 @@ from r1mega.pipeline.rundir import RunDirectory
 from r1mega.report.progress import Progress
 
 
+class Stopped(Exception):
+    """Every rank leaves the stage: it was asked to stop, and has saved what it goes on from."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """One stage on one rank: what to do, from what, and where results go."""
@@ -29,6 +33,15 @@ class StageContext:
     """Rows of `metrics.jsonl`; does nothing on ranks other than 0."""
     progress: Progress
     """The terminal; silent on ranks other than 0."""
+    stop_file: Path | None = None
+    """The launcher makes this file when it is asked to stop, before a preemption or a time limit; None where it never is."""
+
+    def stop_asked(self) -> bool:
+        """Whether the stage is to save and raise `Stopped`. The same on every rank, each of which must ask."""
+        from r1mega.pipeline import ranks
+
+        stop_file = self.stop_file
+        return stop_file is not None and ranks.shared(stop_file.exists)
 
     @property
     def recipe(self) -> Recipe:

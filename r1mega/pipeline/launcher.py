@@ -1,21 +1,23 @@
 """`r1mega run`: claim the run directory, start the ranks with torchrun, pass signals on, say what went wrong."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from r1mega import env
+from r1mega.config.base import PathMark
 from r1mega.config.loading import load_recipe
+from r1mega.config.tree import marked
 from r1mega.errors import UserError
-from r1mega.pipeline import files
+from r1mega.pipeline import files, nodes
 from r1mega.pipeline.preflight import check_contents, check_references
-from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
+from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed, joined
 from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
@@ -51,7 +53,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             directory.write_summary("finished")
             return 0
         directory.write_summary("running")
-        code = _Ranks(directory, recipe_path.parent.absolute(), lock, worker).wait()
+        arguments = ["--standalone", "--nproc-per-node", str(recipe.run.ranks), "-m", worker, str(directory.path)]
+        code = _Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments).wait()
         stopped = code > 128
         directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
         if code == 0:
@@ -64,35 +67,167 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         return code
 
 
+@dataclass(frozen=True)
+class Alone:
+    """How a stage runs alone, as one task of a cluster."""
+
+    stage: str
+    restarts: int = 0
+    """How often torchrun starts the ranks anew when one of them dies."""
+    grace_s: float = 60.0
+    """Seconds from the signal until ranks that have not saved by then are ended."""
+
+
+def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None, alone: Alone, worker: str = _WORKER) -> int:
+    """Run one stage of a recipe, on this machine or as this node's task of a Slurm step; every node makes this call.
+
+    `run.ranks` is the number of ranks on all nodes. SIGUSR1, and in a Slurm step SIGTERM, ask the ranks to save and leave.
+
+    Returns:
+        Exit code as `run`; 128 + N also when the stage was saved and left after signal N.
+
+    Raises:
+        UserError: as `run`; or there is no such stage, what it reads is not finished, the ranks do not divide over the nodes.
+    """
+    task = env.slurm_task() or nodes.ALONE
+    recipe = load_recipe(recipe_path, overrides, only=alone.stage)
+    path = (run_dir or Path("runs") / recipe.name).absolute()
+    if recipe.run.ranks % task.nodes:
+        raise UserError(f"run.ranks={recipe.run.ranks} does not divide over {task.nodes} nodes")
+    if task.node:
+        return _StageTask(RunDirectory(path, recipe), recipe_path, task, alone, worker).follow()
+    with joined(path, recipe, alone.stage) as (directory, locks):
+        return _StageTask(directory, recipe_path, task, alone, worker).lead(locks)
+
+
+class _StageTask:
+    """One node's part in an attempt at a stage."""
+
+    def __init__(self, directory: RunDirectory, recipe_path: Path, task: env.Task, alone: Alone, worker: str) -> None:
+        self._directory, self._folder, self._task, self._alone, self._worker = directory, recipe_path.parent.absolute(), task, alone, worker
+        self._logs = nodes.folder_of(directory.logs, alone.stage, task)
+
+    def lead(self, locks: tuple[int, ...]) -> int:
+        """The first node: check, keep the record of the attempt, and call the others."""
+        directory, name, begin = self._directory, self._alone.stage, time.monotonic()
+        self._logs.mkdir(parents=True, exist_ok=True)
+        attempt = nodes.Attempt(name, self._task.job, self._task.restart, self._task.nodes, directory.recipe.run.ranks, nodes.now())
+        attempt.write(self._logs)
+        outcome: nodes.Outcome = "failed"
+        reason = ""
+        try:
+            self._check()
+            code = 0 if name in directory.finished() else self._run(nodes.open_meeting(self._logs), locks)
+            if code > 128:
+                outcome, reason = "stopped", _signal_name(code)
+            elif code == 0:
+                outcome = "finished"
+                print(f"{name}: finished in {time.monotonic() - begin:.1f} s: {directory.stage_dirs[name]}")
+            return code
+        except UserError as error:
+            outcome, reason = "refused", str(error)
+            raise
+        finally:
+            replace(attempt, ended=nodes.now(), outcome=outcome, reason=reason).write(self._logs)
+            whole = directory.finished().keys() == directory.recipe.stages.keys()
+            directory.write_summary("finished" if whole else "failed" if outcome in ("failed", "refused") else "running")
+
+    def follow(self) -> int:
+        """Any other node. A stage that is finished already opens no meeting."""
+        if self._alone.stage in self._directory.finished():
+            return 0
+        return self._run(nodes.find_meeting(self._logs), ())
+
+    def _check(self) -> None:
+        recipe, name = self._directory.recipe, self._alone.stage
+        self._directory.check_finished()
+        for path, mark, value in marked(recipe.stages[name], PathMark, f"stages.{name}"):
+            if mark.names_stage and value in recipe.stages and value not in self._directory.finished():
+                raise UserError(f"'{path}': the stage {value!r} is not finished in {self._directory.path}; run it first")
+        check_references(recipe, self._folder, only=name)
+        check_contents(recipe, only=name, local_ranks=recipe.run.ranks // self._task.nodes)
+
+    def _run(self, meeting: nodes.Meeting, locks: tuple[int, ...]) -> int:
+        directory, name, task = self._directory, self._alone.stage, self._task
+        arguments = meeting.torchrun(task, directory.recipe.run.ranks, self._alone.restarts)
+        arguments += ["-m", self._worker, str(directory.path), name, str(self._logs)]
+        # Slurm's SIGTERM announces the end of a preempted job or of its time: the same as SIGUSR1, which it sends ahead of that.
+        saving = {signal.SIGUSR1, signal.SIGTERM} if task.job else {signal.SIGUSR1}
+        stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
+        code = _Ranks(directory, self._folder, locks, arguments, _Saving(saving, stop_file, self._alone.grace_s), log).wait()
+        if name in directory.finished():
+            return 0
+        if code == 0 and stop_file.exists():
+            code = 128 + signal.SIGUSR1  # another node was asked, and its ranks took these along
+        if code > 128:
+            print(f"{name}: stopped by {_signal_name(code)}; the next attempt goes on from the last checkpoint", file=sys.stderr)
+        elif code:
+            _explain_failure(self._logs, log)
+        return code
+
+
+def _signal_name(code: int) -> str:
+    return signal.Signals(code - 128).name
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """Signals after which ranks are asked, by a file that they look for, to save and leave."""
+
+    signals: Set[signal.Signals]
+    stop_file: Path
+    grace_s: float
+
+
 class _Ranks:
     """The torchrun process of a run, and the signals that reach it."""
 
-    def __init__(self, directory: RunDirectory, recipe_folder: Path, lock: int, worker: str) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        recipe_folder: Path,
+        locks: tuple[int, ...],
+        arguments: Sequence[str],
+        saving: _Saving | None = None,
+        log_name: str = "torchrun.log",
+    ) -> None:
         settings = directory.recipe.run
         self._received: int | None = None
-        directory.logs.mkdir(exist_ok=True)
-        for old in directory.logs.glob("*.error.json"):
-            old.unlink()
+        self._saving = saving
+        logs = saving.stop_file.parent if saving else directory.logs
+        logs.mkdir(parents=True, exist_ok=True)
+        if saving is None:
+            for old in logs.glob("*.error.json"):
+                old.unlink()
         environment = env.for_ranks(settings.threads_per_rank, settings.platform)
+        if saving and signal.SIGTERM in saving.signals:
+            # Ranks ignore SIGTERM, see below: torchrun passes none on, and does not wait for them to obey one.
+            environment |= {"PET_SIGNALS_TO_HANDLE": "SIGINT", "PET_SHUTDOWN_TIMEOUT": "5"}
         # A user's own rewards lie beside the recipe; last, so that they never shadow a library.
-        known = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([known, str(recipe_folder)] if known else [str(recipe_folder)])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.ranks)]
-        with (directory.logs / "torchrun.log").open("ab") as log:
+        environment["PYTHONPATH"] = env.python_path([recipe_folder])
+        with (logs / log_name).open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "-m", worker, str(directory.path)],
+                [sys.executable, "-m", "torch.distributed.run", *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=(lock,),
+                pass_fds=locks,
                 # Ctrl-C reaches this process alone, which passes it on once.
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+                preexec_fn=self._before_exec,
             )
+
+    def _before_exec(self) -> None:
+        """What torchrun and, through it, the ranks inherit. Slurm sends a step's signals to every process in it, not to this one alone."""
+        ignored = self._saving.signals if self._saving else ()
+        for sign in ignored:
+            signal.signal(sign, signal.SIG_IGN)
+        die_with_parent(signal.SIGKILL if signal.SIGTERM in ignored else signal.SIGTERM)
 
     def wait(self) -> int:
         """Wait for the ranks to end; returns the run's exit code."""
-        handlers = {sign: signal.signal(sign, self._forward) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        heard = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} | (self._saving.signals if self._saving else set())
+        handlers = {sign: signal.signal(sign, self._forward) for sign in heard}
         try:
             code = None
             while code is None and self._received is None:
@@ -100,7 +235,12 @@ class _Ranks:
             # A signal can arrive while the last look is under way, and the ranks be gone before it ends: still a stopped run.
             if self._received is None or code == 0:
                 return 1 if code else 0
-            if self._ended(_GRACE_S) is None:
+            if self._saving and self._received in self._saving.signals:
+                self._saving.stop_file.touch()
+                grace_s = self._saving.grace_s
+            else:
+                grace_s = _GRACE_S
+            if self._ended(grace_s) is None:
                 # Ranks die with torchrun: each asked for SIGKILL at its parent's death.
                 self._process.kill()
                 self._process.wait()
@@ -119,16 +259,20 @@ class _Ranks:
             return None
 
     def _forward(self, number: int, frame: Any) -> None:
+        if self._saving and number in self._saving.signals:
+            # Slurm's SIGTERM may follow its SIGUSR1: it does not cut short what is being saved.
+            self._received = self._received or number
+            return
         self._received = number
         # Always SIGTERM: a rank that waits in a collective would not see a KeyboardInterrupt before the collective's timeout.
         self._process.send_signal(signal.SIGTERM)
 
 
-def _explain_failure(logs: Path) -> None:
+def _explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
     """Raise the first rank's UserError, or print the first rank's traceback."""
     errors = sorted((files.read_json(path) for path in logs.glob("*.error.json")), key=lambda error: float(error["time"]))
     if not errors:
-        _explain_death(logs)
+        _explain_death(logs, torchrun_log)
     elif errors[0]["user"]:
         raise UserError(errors[0]["message"])
     else:
@@ -136,12 +280,12 @@ def _explain_failure(logs: Path) -> None:
         print(f"rank {errors[0]['rank']} failed; logs: {logs}", file=sys.stderr)
 
 
-def _explain_death(logs: Path) -> None:
+def _explain_death(logs: Path, torchrun_log: str) -> None:
     """Print the end of what a rank left that died without an exception, killed or crashed in native code."""
-    report = _text(logs / "torchrun.log").rpartition("Root Cause")[2]
+    report = _text(logs / torchrun_log).rpartition("Root Cause")[2]
     found = re.search(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", report, re.DOTALL)
     if found is None:
-        print("\n".join(_text(logs / "torchrun.log").splitlines()[-20:]), file=sys.stderr)
+        print("\n".join(_text(logs / torchrun_log).splitlines()[-20:]), file=sys.stderr)
         print(f"the ranks did not start; logs: {logs}", file=sys.stderr)
         return
     rank, code = int(found[1]), int(found[2])

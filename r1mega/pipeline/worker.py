@@ -1,4 +1,7 @@
-"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR`, started by torchrun. Runs all stages in turn."""
+"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS]`, started by torchrun.
+
+Runs all stages in turn, or the one that is named, with its logs in a folder of their own.
+"""
 
 import importlib
 import os
@@ -16,7 +19,7 @@ from rich.console import Console
 from r1mega import env
 from r1mega.errors import UserError
 from r1mega.pipeline import artifacts, files
-from r1mega.pipeline.context import StageContext, StageFunction
+from r1mega.pipeline.context import StageContext, StageFunction, Stopped
 from r1mega.pipeline.metrics import MetricsWriter, scalars
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.process import die_with_parent
@@ -47,21 +50,21 @@ def main(
     find: Callable[[str], StageFunction] = stage_function,
     start: Callable[[RunDirectory], AbstractContextManager[Callable[[], Any]]] = started,
 ) -> int:
-    """Run every unfinished stage of a run directory on this rank; returns the exit code.
+    """Run every unfinished stage of a run directory on this rank, or the named one; returns the exit code.
 
-    An error is left in `logs/rank<k>.error.json` for the launcher, which shows the one that came first.
+    An error is left in `rank<k>.error.json` of the logs for the launcher, which shows the one that came first.
     """
     die_with_parent()
     path, ranks = Path(arguments[0]), env.ranks()
-    logs = path / "logs"
+    only, logs = (arguments[1], Path(arguments[2])) if arguments[1:] else (None, path / "logs")
     logs.mkdir(parents=True, exist_ok=True)
     terminal = _redirect(logs / f"rank{ranks.rank}.log")
     try:
         run = RunDirectory.open(path)
         # The finished stages are read before ranks can meet, hence before any rank can finish one: all skip the same.
-        finished = run.finished()
+        finished = run.finished().keys() | ({name for name in run.recipe.stages if name != only} if only else set())
         with _progress(run, ranks, terminal) as progress, start(run) as barrier:
-            run_stages(run, finished, ranks, progress, find, barrier)
+            run_stages(run, finished, ranks, progress, find, barrier, logs / "stop" if only else None)
     except Exception as error:
         traceback.print_exc()
         found = {
@@ -86,22 +89,27 @@ def run_stages(
     progress: Progress,
     find: Callable[[str], StageFunction],
     barrier: Callable[[], Any],
+    stop_file: Path | None = None,
 ) -> None:
-    """Run the stages that are not finished, in order; `finished` is the same on every rank."""
+    """Run the stages that are not in `finished`, which is the same on every rank, in order."""
     for name, stage in run.recipe.stages.items():
         if name in finished:
             progress.skip(name)
             continue
-        _run_stage(run, name, ranks, progress, find(stage.kind))
+        try:
+            _run_stage(run, name, ranks, progress, find(stage.kind), stop_file)
+        except Stopped:
+            progress.note(f"{name}: stopped, and saved")
+            return
         # The next stage reads what rank 0 has just written.
         barrier()
 
 
-def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progress, function: StageFunction) -> None:
+def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progress, function: StageFunction, stop_file: Path | None) -> None:
     folder = run.stage_dirs[name]
     folder.mkdir(parents=True, exist_ok=True)
     metrics = MetricsWriter(folder, enabled=ranks.rank == 0)
-    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress)
+    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress, stop_file)
     begin = time.monotonic()
     progress.begin(name, context.stage.kind)
     inputs = artifacts.input_digests(context.stage, run.stage_dirs) if ranks.rank == 0 else {}

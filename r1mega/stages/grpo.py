@@ -27,7 +27,7 @@ from r1mega.megatron.policy import LocalBatch, NotFinite, Policy, TokenLoss
 from r1mega.megatron.reward_model import RewardModel
 from r1mega.objectives.grpo import policy_loss
 from r1mega.pipeline import ranks
-from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.report.plot import draw
 from r1mega.rollout.ask import Question, ask
@@ -58,6 +58,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
                 ctx.metrics.write(row)
                 loop.checkpoints.poll()
             loop.finish_rollout(min(update + stage.updates_per_rollout, stage.updates))
+            loop.stop_if_asked(min(update + stage.updates_per_rollout, stage.updates))
         loop.checkpoints.wait()
         summary = loop.last_metrics | (flat(loop.evaluations) if loop.evaluations else {})
     export(ctx, model, policy.exchange.gather(getattr(torch, stage.train.dtype)), getattr(torch, stage.export_dtype))
@@ -89,6 +90,7 @@ class GrpoLoop:
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.last_metrics: dict[str, Any] = {}
         self._synced = -1
+        self._saved = 0
 
     # -------------------------------------------------------- one rollout
 
@@ -96,6 +98,8 @@ class GrpoLoop:
         """One rollout with the current weights, then its minibatches; yields a metrics row per update."""
         stage = self.stage
         rollout = self._roll_out(update)
+        # Between a rollout and its first step the weights are still those of the last update: what is abandoned is drawn again.
+        self.stop_if_asked(update)
         size = stage.prompts_per_rollout // stage.updates_per_rollout
         count = min(stage.updates_per_rollout, stage.updates - update)
         minibatches = [Minibatch(rollout, slice(size * i, size * (i + 1)), stage.objective) for i in range(count)]
@@ -200,10 +204,20 @@ class GrpoLoop:
     def save(self, update: int) -> None:
         """Write a checkpoint that `restore` goes on from."""
         self.checkpoints.save(f"update-{update:06d}", {"update": update}, self.reference)
+        self._saved = update
+
+    def stop_if_asked(self, update: int) -> None:
+        """Save and leave the stage when the run is asked to, unless it is done anyway; `update` updates are behind it."""
+        if update >= self.stage.updates or not self.ctx.stop_asked():
+            return
+        if update and update != self._saved:
+            self.save(update)
+        self.checkpoints.wait()
+        raise Stopped
 
     def restore(self) -> int:
         """Load the newest checkpoint if there is one; returns the update to go on with."""
-        done = restore(self.ctx, self.checkpoints, self.reference)
+        done = self._saved = restore(self.ctx, self.checkpoints, self.reference)
         for update in range(0, done, self.stage.updates_per_rollout):
             self.mixture.draw(self.stage.prompts_per_rollout, update)
         return done
