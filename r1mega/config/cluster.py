@@ -71,7 +71,10 @@ class Slurm(Closed):
         description="how often a job goes back into the queue: after a time limit or a failure, never after an error of input",
     )
     signal_s: int = Field(
-        300, ge=30, description="seconds before the time limit at which a stage is asked to save (SIGUSR1); it then has 20 s less than that"
+        300,
+        ge=10,
+        description="seconds before the time limit at which a stage is asked to save (SIGUSR1), and up to a minute earlier; it then has 20 s "
+        "less than that",
     )
     srun_arguments: list[str] = Field(default_factory=list, description="further arguments of srun, such as --mpi=pmix")
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further options of sbatch, such as {mail-type: END}")
@@ -80,7 +83,7 @@ class Slurm(Closed):
     @property
     def grace_s(self) -> int:
         """Seconds that a stage has for saving."""
-        return max(self.signal_s - _MARGIN_S, 10)
+        return max(self.signal_s - _MARGIN_S, self.signal_s // 2)
 
 
 class Local(Closed):

@@ -106,6 +106,8 @@ class _StageTask:
     def __init__(self, directory: RunDirectory, recipe_path: Path, task: env.Task, alone: Alone, worker: str) -> None:
         self._directory, self._folder, self._task, self._alone, self._worker = directory, recipe_path.parent.absolute(), task, alone, worker
         self._logs = nodes.folder_of(directory.logs, alone.stage, task)
+        # Slurm's SIGTERM announces the end of a preempted job or of its time: the same as SIGUSR1, which it sends ahead of that.
+        self._signals = {signal.SIGUSR1, signal.SIGTERM} if task.job else {signal.SIGUSR1}
 
     def lead(self, locks: tuple[int, ...]) -> int:
         """The first node: check, keep the record of the attempt, and call the others."""
@@ -115,6 +117,8 @@ class _StageTask:
         attempt.write(self._logs)
         outcome: nodes.Outcome = "failed"
         reason = ""
+        # What arrives while inputs are checked waits until there is somebody to ask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         try:
             self._check()
             code = 0 if name in directory.finished() else self._run(nodes.open_meeting(self._logs), locks)
@@ -151,10 +155,8 @@ class _StageTask:
         directory, name, task = self._directory, self._alone.stage, self._task
         arguments = meeting.torchrun(task, directory.recipe.run.ranks, self._alone.restarts)
         arguments += ["-m", self._worker, str(directory.path), name, str(self._logs)]
-        # Slurm's SIGTERM announces the end of a preempted job or of its time: the same as SIGUSR1, which it sends ahead of that.
-        saving = {signal.SIGUSR1, signal.SIGTERM} if task.job else {signal.SIGUSR1}
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
-        code = _Ranks(directory, self._folder, locks, arguments, _Saving(saving, stop_file, self._alone.grace_s), log).wait()
+        code = _Ranks(directory, self._folder, locks, arguments, _Saving(self._signals, stop_file, self._alone.grace_s), log).wait()
         if name in directory.finished():
             return 0
         if code == 0 and stop_file.exists():
@@ -222,12 +224,14 @@ class _Ranks:
         ignored = self._saving.signals if self._saving else ()
         for sign in ignored:
             signal.signal(sign, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
         die_with_parent(signal.SIGKILL if signal.SIGTERM in ignored else signal.SIGTERM)
 
     def wait(self) -> int:
         """Wait for the ranks to end; returns the run's exit code."""
         heard = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} | (self._saving.signals if self._saving else set())
         handlers = {sign: signal.signal(sign, self._forward) for sign in heard}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
             code = None
             while code is None and self._received is None:
@@ -247,7 +251,8 @@ class _Ranks:
             return 128 + self._received
         finally:
             for sign, handler in handlers.items():
-                signal.signal(sign, handler)
+                # Slurm repeats itself; how the attempt ended is still to be written.
+                signal.signal(sign, signal.SIG_IGN if self._saving and sign in self._saving.signals else handler)
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a rank that was killed while its display was live left the cursor hidden
 
