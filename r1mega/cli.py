@@ -74,6 +74,32 @@ def _submit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run whose stages run alone")
+
+
+def _status(options: argparse.Namespace) -> int:
+    from r1mega.launch.status import status
+
+    print(*status(options.run), sep="\n")
+    return 0
+
+
+def _declare_logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run whose stages run alone")
+    parser.add_argument("stage", nargs="?", metavar="STAGE", help="name of a stage (default: all)")
+    parser.add_argument("--rank", type=int, metavar="R", help="what that rank printed, instead of the progress")
+    parser.add_argument("--all", action="store_true", help="every line, not the last 40 of each attempt")
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from r1mega.launch.status import logs
+
+    for line in logs(options.run, options.stage, options.rank, options.all):
+        print(line)
+    return 0
+
+
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
@@ -338,6 +364,8 @@ def _explain(options: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
     "submit": ("queue a recipe's stages on a cluster, one job each", _declare_submit, _submit),
+    "status": ("where a run's stages stand, with every attempt at them", _declare_status, _status),
+    "logs": ("what the attempts at a run's stages have printed", _declare_logs, _logs),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
     "report": ("write a run as one page of HTML", _declare_report, _report),

@@ -145,7 +145,10 @@ class SlurmCluster:
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (self.folder / "munge.key").chmod(0o400)
         names = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "seed")}
-        options = [f"--{option}-file={path}" for option, path in (("key", self.folder / "munge.key"), ("pid", names["pid"]), ("seed", names["seed"]))]
+        options = [
+            f"--{option}-file={path}"
+            for option, path in (("key", self.folder / "munge.key"), ("pid", names["pid"]), ("seed", names["seed"]))
+        ]
         log = f"--log-file={self.folder / 'munged.log'}"
         self._daemon("munged", "munged", "--foreground", "--force", f"--socket={names['socket']}", *options, log)
         self.wait(lambda: self._runs("munge", "-n", f"--socket={names['socket']}"), 20)
@@ -165,7 +168,9 @@ class SlurmCluster:
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.daemons[name] = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _runs(self, *command: str) -> bool:
         return subprocess.run(["timeout", "10", *command], env=self.environment, capture_output=True).returncode == 0

@@ -49,7 +49,14 @@ def submit(cluster: SlurmCluster, run: Path, **changes: object) -> str:
     """Submit the short recipe; returns Slurm's job."""
     file = run.parent / "cluster.yaml"
     executor = {"kind": "slurm", "account": "lab", "partition": "batch", "gpus": "none", "exclusive": True, "retries": 20, "signal_s": 10}
-    whole = {"name": "lab", "executor": executor, "ranks_per_node": 1, "restarts": 0, "environment": {"PYTHONPATH": python_path()}, **changes}
+    whole = {
+        "name": "lab",
+        "executor": executor,
+        "ranks_per_node": 1,
+        "restarts": 0,
+        "environment": {"PYTHONPATH": python_path()},
+        **changes,
+    }
     file.write_text(yaml.safe_dump(whole))
     done = command(cluster, "submit", ROOT / "configs/tiny/r1_zero.yaml", *SHORT, "--cluster", file, "-o", run)
     assert done.returncode == 0, done.stderr

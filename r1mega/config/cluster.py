@@ -73,8 +73,8 @@ class Slurm(Closed):
     signal_s: int = Field(
         300,
         ge=10,
-        description="seconds before the time limit at which a stage is asked to save (SIGUSR1), and up to a minute earlier; it then has 20 s "
-        "less than that",
+        description="seconds before the time limit, or up to a minute more, at which a stage is asked to save (SIGUSR1); it then has "
+        "20 s less than that",
     )
     srun_arguments: list[str] = Field(default_factory=list, description="further arguments of srun, such as --mpi=pmix")
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further options of sbatch, such as {mail-type: END}")

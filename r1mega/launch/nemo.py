@@ -1,6 +1,7 @@
 """NeMo-Run: the only module that imports it, which takes it five seconds."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,11 +43,10 @@ def submit(title: str, tasks: Sequence[StageTask], cluster: Cluster, folders: Se
     Raises:
         UserError: NeMo-Run is not installed, or Slurm refuses a job; then none is queued.
     """
+    if isinstance(cluster.executor, Slurm):
+        for name, script in scripts(title, tasks, cluster, folders).items():
+            _ask_slurm(name, script)
     with _experiment(title, tasks, cluster, folders) as experiment:
-        if isinstance(cluster.executor, Slurm):
-            experiment.dryrun(log=False, delete_exp_dir=False, exist_ok=True)
-            for task in tasks:
-                _ask_slurm(task, _script(experiment, task))
         experiment.run(detach=isinstance(cluster.executor, Slurm), tail_logs=False)
         handles = {job.id: str(getattr(job, "handle", "")) for job in experiment.jobs}
         jobs = {task.stage: handles[task.stage].rpartition("/")[2] for task in tasks} if isinstance(cluster.executor, Slurm) else {}
@@ -58,8 +58,11 @@ def scripts(title: str, tasks: Sequence[StageTask], cluster: Cluster, folders: S
     if not isinstance(cluster.executor, Slurm):
         return {task.stage: shlex.join([_python(cluster), "-m", "r1mega.cli", *task.arguments]) + "\n" for task in tasks}
     with _experiment(title, tasks, cluster, folders) as experiment:
-        experiment.dryrun(log=False, delete_exp_dir=False, exist_ok=True)
-        return {task.stage: _script(experiment, task).read_text(encoding="utf-8") for task in tasks}
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        folder = Path(experiment._exp_dir)
+        found = {task.stage: (folder / f"{task.stage}_sbatch.sh").read_text(encoding="utf-8") for task in tasks}
+        shutil.rmtree(folder)
+        return found
 
 
 @contextmanager
@@ -154,14 +157,10 @@ def _further(executor: Slurm) -> dict[str, Any]:
     return found | executor.sbatch
 
 
-def _script(experiment: Any, task: StageTask) -> Path:
-    return Path(experiment._exp_dir) / f"{task.stage}_sbatch.sh"
-
-
-def _ask_slurm(task: StageTask, script: Path) -> None:
+def _ask_slurm(stage: str, script: str) -> None:
     """Have Slurm check a script without queueing it. UserError with what it says."""
     try:
-        asked = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, timeout=_ASK_S)
+        asked = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=_ASK_S)
     except FileNotFoundError:
         raise UserError("there is no sbatch here; submit from a login node of the cluster, or look at the scripts with --dry-run") from None
     except subprocess.TimeoutExpired:
@@ -169,4 +168,4 @@ def _ask_slurm(task: StageTask, script: Path) -> None:
     if asked.returncode:
         said = [line for line in asked.stderr.splitlines() if line.strip()] or [f"exit code {asked.returncode}"]
         why = said[-1].replace("allocation failure:", "").replace("sbatch: error:", "").strip()
-        raise UserError(f"Slurm refuses stage {task.stage!r}: {why}; nothing is queued: correct 'executor' of the cluster file")
+        raise UserError(f"Slurm refuses stage {stage!r}: {why}; nothing is queued: correct 'executor' of the cluster file")

@@ -29,9 +29,10 @@ from r1mega.errors import UserError
 from r1mega.pipeline import files
 from r1mega.pipeline.artifacts import Provenance, check_model
 
-_LOCK = ".lock"
+LOCK = ".lock"
+"""Of a run directory and of a stage's folder."""
 _DELETED = ".deleted"
-_OURS = frozenset({_LOCK, _DELETED, "resolved.yaml", "summary.json", "submitted.json", "scripts", "logs", "stages"})
+_OURS = frozenset({LOCK, _DELETED, "resolved.yaml", "summary.json", "submitted.json", "scripts", "logs", "stages"})
 _ENDING_S = 20.0
 
 
@@ -136,7 +137,7 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
     check_belongs(path, recipe, fresh)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise _unusable(path, error) from None
     try:
@@ -166,7 +167,7 @@ def joined(path: Path, recipe: Recipe, stage: str) -> Iterator[tuple[RunDirector
 
     def hold(folder: Path, kind: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        held.append(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+        held.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
         _wait_for(held[-1], folder, kind)
 
     try:
@@ -231,7 +232,7 @@ def check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
             raise UserError(f"{nearest} is a file; choose another folder with -o")
         if not os.access(nearest, os.W_OK):
             raise PermissionError(EACCES, os.strerror(EACCES))
-        content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if nearest == path else set()
+        content = {entry.name for entry in path.iterdir()} - {LOCK, _DELETED} if nearest == path else set()
     except OSError as error:
         raise _unusable(path, error) from None
     if not content:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
@@ -62,9 +62,9 @@ def main(
     try:
         run = RunDirectory.open(path)
         # The finished stages are read before ranks can meet, hence before any rank can finish one: all skip the same.
-        finished = run.finished().keys() | ({name for name in run.recipe.stages if name != only} if only else set())
-        with _progress(run, ranks, terminal) as progress, start(run) as barrier:
-            run_stages(run, finished, ranks, progress, find, barrier, logs / "stop" if only else None)
+        finished = run.finished()
+        with _progress(run, ranks, terminal, only, logs) as progress, start(run) as barrier:
+            run_stages(run, finished, ranks, progress, find, barrier, (only, logs / "stop") if only else None)
     except Exception as error:
         traceback.print_exc()
         found = {
@@ -89,10 +89,16 @@ def run_stages(
     progress: Progress,
     find: Callable[[str], StageFunction],
     barrier: Callable[[], Any],
-    stop_file: Path | None = None,
+    only: tuple[str, Path] | None = None,
 ) -> None:
-    """Run the stages that are not in `finished`, which is the same on every rank, in order."""
+    """Run the stages that are not finished, in order; `finished` is the same on every rank.
+
+    `only` is the one stage to run, and the file that asks it to stop.
+    """
+    stop_file = only[1] if only else None
     for name, stage in run.recipe.stages.items():
+        if only and name != only[0]:
+            continue
         if name in finished:
             progress.skip(name)
             continue
@@ -142,10 +148,29 @@ def _headline(summary: Mapping[str, Any]) -> dict[str, float]:
     return dict(islice(scalars(measured or summary), 6))
 
 
-def _progress(run: RunDirectory, ranks: env.Ranks, terminal: int) -> Progress:
+def _progress(run: RunDirectory, ranks: env.Ranks, terminal: int, only: str | None, logs: Path) -> Progress:
     if ranks.rank:
         return Progress.silent()
-    return Progress(list(run.recipe.stages), Console(file=os.fdopen(terminal, "w", buffering=1, encoding="utf-8")))
+    shown: TextIO = os.fdopen(terminal, "w", buffering=1, encoding="utf-8")
+    if only is None:
+        return Progress(list(run.recipe.stages), Console(file=shown))
+    # Slurm keeps what is shown in a file of its own choice; `r1mega logs` reads this one.
+    both = _Both([shown, (logs / "progress.log").open("a", buffering=1, encoding="utf-8")])
+    return Progress([only], Console(file=cast(TextIO, both), width=200))
+
+
+class _Both:
+    """A stream that writes to several. It is no terminal: progress comes in lines."""
+
+    def __init__(self, streams: Sequence[TextIO]) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        return max(stream.write(text) for stream in self._streams)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
 
 
 def _redirect(log: Path) -> int:
