@@ -100,6 +100,21 @@ def _logs(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="whether this recipe can run here")
+    parser.add_argument("--quick", action="store_true", help="do not start the two ranks that time their link")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    warnings.simplefilter("ignore")
+    from r1mega.launch import doctor
+
+    found = doctor.examine(options.recipe, options.overrides, options.quick)
+    print(*doctor.lines(found), sep="\n")
+    return 0 if doctor.able(found) else 1
+
+
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
@@ -366,6 +381,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "submit": ("queue a recipe's stages on a cluster, one job each", _declare_submit, _submit),
     "status": ("where a run's stages stand, with every attempt at them", _declare_status, _status),
     "logs": ("what the attempts at a run's stages have printed", _declare_logs, _logs),
+    "doctor": ("what this machine has and lacks, for a recipe or at all", _declare_doctor, _doctor),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
     "report": ("write a run as one page of HTML", _declare_report, _report),
