@@ -28,7 +28,8 @@ class _Spot:
 def explain(path: str) -> str:
     """Type, default and description of a key, or the keys below it.
 
-    Paths start at the recipe, at the kind of a stage, or at `cluster` for the keys of a cluster file. A key that several kinds have is explained for each.
+    Paths start at the recipe, at the kind of a stage, or at `cluster` for a cluster file. A key that several kinds have is explained
+    for each.
 
     Raises:
         UserError: there is no such key; names the nearest one.
