@@ -23,6 +23,8 @@ PATIENCE_S = float(os.environ.get("R1MEGA_TEST_PATIENCE", "1")) * 300
 SHORT = [
     *("stages.zero.updates=6", "stages.zero.save_every=2", "stages.zero.evaluation=null", "stages.zero.reference_refresh=4"),
     *("stages.zero.prompts_per_rollout=4", "stages.zero.group_size=4", "stages.zero.sampling.max_new_tokens=8"),
+    # Written before the next update begins, so that the third row says that there is a checkpoint.
+    "stages.zero.train.async_save=false",
     "stages.zero.measures={pause: 'pause:pause'}",
 ]
 
