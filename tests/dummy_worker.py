@@ -11,7 +11,7 @@ from typing import Any
 from r1mega import env
 from r1mega.errors import UserError
 from r1mega.pipeline import worker
-from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.files import write_atomic
 from r1mega.pipeline.rundir import RunDirectory
 
@@ -19,10 +19,8 @@ from r1mega.pipeline.rundir import RunDirectory
 @contextmanager
 def start(run: RunDirectory) -> Iterator[Callable[[], Any]]:
     ranks, met = env.ranks(), itertools.count()
-    folder = run.path / "logs" / "barrier"
+    folder = run.path / "logs" / f"barrier-{os.environ['TORCHELASTIC_RUN_ID']}"  # of this start alone
     folder.mkdir(exist_ok=True)
-    for mine in folder.glob(f"*-{ranks.rank}"):
-        mine.unlink()
 
     def barrier() -> None:
         step = next(met)
@@ -49,7 +47,11 @@ def stage(ctx: StageContext) -> dict[str, Any]:
         ctx.metrics.write({"update": update, "reward/mean": update / 4, "eval/tiny/pass@1": {"value": 0.5, "ci95": [0.4, 0.6]}})
         ctx.progress.update(update, 4, {"reward": update / 4})
         write_atomic(checkpoint, str(update))
-        while (ctx.run.path / f"hold-{update}").exists():
+        while (ctx.run.path / f"hold-{update}").exists() and not (ctx.run.path / "deaf").exists():
+            if ctx.stop_file is not None and ctx.stop_file.exists():
+                raise Stopped
+            time.sleep(0.05)
+        while (ctx.run.path / "deaf").exists():
             time.sleep(0.05)
     print("a library prints")
     if ctx.stage.kind != "evaluate":

@@ -51,6 +51,17 @@ def test_the_published_recipe_fills_64_nodes_and_waits_in_order(tmp_path: Path) 
     )
 
 
+def test_servers_beside_the_ranks_get_their_gpus(tmp_path: Path) -> None:
+    engine = ["rollout.engine=sglang", "rollout.sglang.first_gpu=2", "rollout.sglang.layout={servers: 2, tp: 2}"]
+    recipe = load_recipe(CONFIGS / "tiny/r1_zero.yaml", engine)
+    found = tasks(recipe, cluster(tmp_path), tmp_path / "run")[0]
+    assert (found.ranks_per_node, found.gpus_per_node) == (2, 6)
+    with pytest.raises(UserError, match="2 servers of 2 GPUs from GPU 2 on do not fit a node of 4 GPUs"):
+        tasks(recipe, cluster(tmp_path, SLURM + "gpus_per_node: 4\n"), tmp_path / "run")
+    elsewhere = load_recipe(CONFIGS / "tiny/r1_zero.yaml", [*engine, "rollout.sglang.addresses=['http://a:1', 'http://b:1']"])
+    assert tasks(elsewhere, cluster(tmp_path), tmp_path / "run")[0].gpus_per_node == 2
+
+
 def test_finished_stages_are_neither_run_nor_waited_for(tmp_path: Path) -> None:
     found = tasks(load_recipe(CONFIGS / "tiny/r1.yaml"), cluster(tmp_path), tmp_path / "run", skip={"zero": None})
     assert found[0].stage != "zero" and next(task for task in found if task.stage == "cold-start").after == ()

@@ -62,7 +62,7 @@ class Slurm(Closed):
     constraint: str | None = Field(None, description="features that nodes must have (--constraint)")
     gpus: Literal["gpus-per-node", "gres", "none"] = Field(
         "gpus-per-node",
-        description="how GPUs are asked for, one a rank: --gpus-per-node, --gres=gpu:N, or not at all",
+        description="how GPUs are asked for: --gpus-per-node, --gres=gpu:N, or not at all",
     )
     exclusive: bool = Field(True, description="nodes are not shared with other jobs")
     retries: int = Field(
@@ -115,6 +115,7 @@ class Cluster(Closed):
         None, description="interpreter that has r1mega, on the nodes or in the image; left out: this one, in an image `python`"
     )
     ranks_per_node: int = Field(8, ge=1, description="ranks on a node, one GPU each on a cluster with GPUs")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs that a node has, for ranks and the engine's servers beside them")
     max_nodes: int | None = Field(None, ge=1, description="nodes that a stage may ask for at most; left out: not checked here")
     time: str = Field("04:00:00", description="time limit of one attempt, '[days-]hours:minutes:seconds' in quotes")
     restarts: int = Field(1, ge=0, description="how often torchrun starts the ranks of an attempt anew, in place, when one of them dies")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from packaging.requirements import Requirement
 
@@ -23,6 +23,7 @@ import r1mega
 from r1mega import env
 from r1mega.config.base import FunctionMark
 from r1mega.config.loading import load_recipe
+from r1mega.config.rollout import Sglang
 from r1mega.config.schema import Recipe
 from r1mega.config.tree import marked
 from r1mega.errors import UserError
@@ -176,14 +177,19 @@ def _deep_ep() -> Finding:
 def _sglang(recipe: Recipe | None) -> Finding:
     """In its own environment, whose torch and transformers are not the trainer's."""
     needed = recipe is not None and recipe.rollout.engine == "sglang"
-    settings: Any = getattr(recipe.rollout, "sglang", None) if recipe else None
-    python = getattr(settings, "python", None) or _CHECKOUT / ".venv-sglang/bin/python"
+    settings = recipe.rollout.sglang if recipe else Sglang()
     costs, fix = (
         "the embedded engine answers (rollout.engine=local): right, and slow",
         "tools/install_sglang_cpu, or the image's second environment",
     )
-    if not Path(python).exists():
-        return Finding("SGLang", "missing", f"no {python}", needed, costs, fix)
+    from r1mega.rollout.sglang_servers import interpreter
+
+    if settings.addresses:
+        return Finding("SGLang", "ok", f"servers at {', '.join(settings.addresses)}, asked when their stage begins", needed)
+    try:
+        python = interpreter(settings)
+    except UserError as error:
+        return Finding("SGLang", "missing", str(error), needed, costs, fix)
     ask = "from importlib.metadata import version as v; print(v('sglang'), 'with torch', v('torch'), 'and transformers', v('transformers'))"
     code, said = _said([str(python), "-c", ask])
     return Finding("SGLang", "wrong" if code else "ok", said, needed, costs, fix)

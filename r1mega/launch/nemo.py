@@ -139,9 +139,9 @@ def _slurm(executor: Slurm, task: StageTask) -> dict[str, Any]:
         "additional_parameters": _further(executor),
     }
     if executor.gpus == "gpus-per-node":
-        found["gpus_per_node"] = task.ranks_per_node
+        found["gpus_per_node"] = task.gpus_per_node
     elif executor.gpus == "gres":
-        found["gres"] = f"gpu:{task.ranks_per_node}"
+        found["gres"] = f"gpu:{task.gpus_per_node}"
     if executor.container is not None:
         found["container_image"] = executor.container.image
         found["container_mounts"] = list(executor.container.mounts)

@@ -8,6 +8,7 @@ from r1mega.config.checks import check_ranks
 from r1mega.config.cluster import Cluster, Container, Resources, Slurm
 from r1mega.config.graph import waits_for
 from r1mega.config.schema import Recipe
+from r1mega.config.stages import Distill, Evaluate, Grpo, Rejection
 from r1mega.errors import UserError
 from r1mega.pipeline.preflight import check_layouts
 
@@ -19,6 +20,8 @@ class StageTask:
     stage: str
     nodes: int
     ranks_per_node: int
+    gpus_per_node: int
+    """One a rank, and on the first node those of the servers that the stage starts beside them."""
     time: str
     """Slurm's `[days-]hours:minutes:seconds`, of one attempt."""
     after: tuple[str, ...]
@@ -43,12 +46,13 @@ def tasks(recipe: Recipe, cluster: Cluster, run_dir: Path, skip: Mapping[str, ob
         if name in skip:
             continue
         nodes, ranks_per_node, time = _given(recipe, cluster, name)
+        gpus = _gpus(recipe, cluster, name, ranks_per_node)
         arguments = ["run", str(run_dir / "resolved.yaml"), f"run.ranks={nodes * ranks_per_node}", "--stage", name, "-o", str(run_dir)]
         arguments += ["--restarts", str(cluster.restarts)]
         if isinstance(cluster.executor, Slurm):
             arguments += ["--grace", str(cluster.executor.grace_s)]
         after = tuple(need for need in needs if need not in skip)
-        found.append(StageTask(name, nodes, ranks_per_node, time, after, tuple(arguments)))
+        found.append(StageTask(name, nodes, ranks_per_node, gpus, time, after, tuple(arguments)))
     return found
 
 
@@ -78,6 +82,21 @@ def _given(recipe: Recipe, cluster: Cluster, name: str) -> tuple[int, int, str]:
         )
     _check_fit(recipe, name, nodes * per_node)
     return nodes, per_node, own.time or cluster.time
+
+
+def _gpus(recipe: Recipe, cluster: Cluster, name: str, ranks_per_node: int) -> int:
+    """GPUs that a stage's fullest node needs: rank 0 starts its SGLang servers on its own, from `first_gpu` on."""
+    servers, generates = recipe.rollout.sglang, isinstance(recipe.stages[name], Grpo | Rejection | Distill | Evaluate)
+    if recipe.rollout.engine != "sglang" or servers.addresses or not generates:
+        return ranks_per_node
+    needed = max(ranks_per_node, servers.first_gpu + servers.layout.ranks)
+    if needed > cluster.gpus_per_node:
+        raise UserError(
+            f"{cluster.name}: stage {name!r}: {servers.layout.servers} servers of {servers.layout.tp} GPUs from GPU {servers.first_gpu} on "
+            f"do not fit a node of {cluster.gpus_per_node} GPUs; make rollout.sglang.layout smaller, or start them elsewhere and name "
+            "their rollout.sglang.addresses"
+        )
+    return needed
 
 
 def _check_fit(recipe: Recipe, name: str, ranks: int) -> None:

@@ -153,7 +153,7 @@ class _StageTask:
 
     def _run(self, meeting: nodes.Meeting, locks: tuple[int, ...]) -> int:
         directory, name, task = self._directory, self._alone.stage, self._task
-        arguments = meeting.torchrun(task, directory.recipe.run.ranks, self._alone.restarts)
+        arguments = meeting.torchrun(task, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
         arguments += ["-m", self._worker, str(directory.path), name, str(self._logs)]
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
         code = _Ranks(directory, self._folder, locks, arguments, _Saving(self._signals, stop_file, self._alone.grace_s), log).wait()

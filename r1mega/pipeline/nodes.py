@@ -31,15 +31,20 @@ class Meeting:
     host: str
     port: int
 
-    def torchrun(self, task: Task, ranks: int, restarts: int) -> list[str]:
-        """Arguments of torchrun for `ranks` processes on this node, restarted in place so many times when one of them dies."""
+    def torchrun(self, task: Task, name: str, ranks: int, restarts: int) -> list[str]:
+        """Arguments of torchrun on this node, for `ranks` processes on all.
+
+        Args:
+            name: of the attempt, the same on every node and in no other attempt.
+            restarts: how often all are started anew, in place, when one of them dies.
+        """
         return [
             f"--nnodes={task.nodes}",
             f"--nproc-per-node={ranks // task.nodes}",
             f"--max-restarts={restarts}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.host}:{self.port}",
-            f"--rdzv-id={task.attempt}",
+            f"--rdzv-id={name}",
             # Torchrun would compare host names to find out who keeps the store; nodes of one machine have the same.
             f"--rdzv-conf=is_host={'true' if task.node == 0 else 'false'}",
             f"--local-addr={socket.gethostname()}",
