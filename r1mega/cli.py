@@ -50,10 +50,12 @@ def _run(options: argparse.Namespace) -> int:
     from r1mega.pipeline import launcher
 
     if options.stage:
+        from r1mega.pipeline import stage_task
+
         if options.fresh:
             raise UserError("--fresh deletes a whole run; leave it out with --stage")
-        alone = launcher.Alone(options.stage, options.restarts, options.grace)
-        return launcher.run_stage(options.recipe, options.overrides, options.output, alone)
+        alone = stage_task.Alone(options.stage, options.restarts, options.grace)
+        return stage_task.run_stage(options.recipe, options.overrides, options.output, alone)
     return launcher.run(options.recipe, options.overrides, options.output, options.fresh)
 
 

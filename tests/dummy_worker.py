@@ -44,6 +44,8 @@ def stage(ctx: StageContext) -> dict[str, Any]:
             raise ArithmeticError("loss is NaN")
         if action == f"die on rank {ctx.rank}":
             os.kill(os.getpid(), 9)
+        if " on rank " in action:
+            time.sleep(60)  # as in a collective that the other rank never joins
         ctx.metrics.write({"update": update, "reward/mean": update / 4, "eval/tiny/pass@1": {"value": 0.5, "ci95": [0.4, 0.6]}})
         ctx.progress.update(update, 4, {"reward": update / 4})
         write_atomic(checkpoint, str(update))

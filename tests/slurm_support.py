@@ -1,6 +1,6 @@
-"""A real Slurm of two nodes on this machine: munge, MariaDB, slurmdbd, slurmctld and two slurmd, all below one folder and as root.
+"""A real Slurm of two nodes and a spare on this machine: munge, MariaDB, slurmdbd, slurmctld and three slurmd, below one folder, as root.
 
-Debian's slurmd is built with MULTIPLE_SLURMD, so that both nodes may have this machine's name. Nothing outside the folder is used or
+Debian's slurmd is built with MULTIPLE_SLURMD, so that all nodes may have this machine's name. Nothing outside the folder is used or
 changed; every port is a free one.
 """
 
@@ -49,8 +49,10 @@ AccountingStorageEnforce=associations,limits
 JobAcctGatherType=jobacct_gather/linux
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 RealMemory=2000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=2 RealMemory=2000 State=UNKNOWN
-PartitionName=batch Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={n3} CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=batch Nodes=n[1-3] Default=YES MaxTime=INFINITE State=UP
 """
+_NODES = ("n1", "n2", "n3")
 _SLURMDBD_CONF = """
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -76,7 +78,7 @@ class SlurmCluster:
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
 
     def start(self) -> None:
-        ports = dict(zip(("ctld", "dbd", "n1", "n2", "mariadb"), _free_ports(5), strict=True))
+        ports = dict(zip(("ctld", "dbd", "mariadb", *_NODES), _free_ports(6), strict=True))
         known = {"folder": self.folder, "host": socket.gethostname(), **ports}
         for name, text, mode in (("slurm.conf", _SLURM_CONF, 0o644), ("slurmdbd.conf", _SLURMDBD_CONF, 0o600)):
             (self.folder / name).write_text(text.format(**known).lstrip())
@@ -89,9 +91,9 @@ class SlurmCluster:
         self.run("sacctmgr", "-i", "add", "account", "lab", "Cluster=lab", "Description=tests", "Organization=tests")
         self.run("sacctmgr", "-i", "add", "user", "root", "Account=lab", "DefaultAccount=lab")
         self._daemon("slurmctld", "slurmctld", "-D", "-i")
-        for node in ("n1", "n2"):
+        for node in _NODES:
             self.start_node(node)
-        self.wait(lambda: self.run("sinfo", "--noheader", "--format=%D %T").strip() == "2 idle", 60)
+        self.wait(lambda: self.run("sinfo", "--noheader", "--format=%D %T").strip() == "3 idle", 60)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd; after `kill_node`, too."""
@@ -129,8 +131,8 @@ class SlurmCluster:
     def stop(self) -> None:
         """End everything that was started, jobs first."""
         subprocess.run(["timeout", "20", "scancel", "--signal=KILL", "--user=root"], env=self.environment, capture_output=True)
-        for node in ("n1", "n2"):
-            if node in self.daemons:
+        for node in _NODES:
+            if node in self.daemons and self.daemons[node].poll() is None:
                 self.kill_node(node)
         for daemon in reversed(self.daemons.values()):
             if daemon.poll() is None:
@@ -178,7 +180,7 @@ class SlurmCluster:
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
-    """Two idle nodes for as long as the block lasts. `folder` has a short path: sockets lie in it."""
+    """Three idle nodes for as long as the block lasts. `folder` has a short path: sockets lie in it."""
     cluster = SlurmCluster(folder)
     try:
         cluster.start()

@@ -25,9 +25,9 @@ from r1mega.pipeline.rundir import claimed, joined
 DRIVER = """
 import functools, sys
 from r1mega import cli
-from r1mega.pipeline import launcher
-launcher.run_stage = functools.partial(launcher.run_stage, worker="dummy_worker")
-launcher.check_contents = lambda recipe, only, local_ranks: None
+from r1mega.pipeline import stage_task
+stage_task.run_stage = functools.partial(stage_task.run_stage, worker="dummy_worker")
+stage_task.check_contents = lambda recipe, only, local_ranks: None
 sys.exit(cli.main(["run", *sys.argv[1:]]))
 """
 
@@ -129,6 +129,14 @@ def test_a_crash_is_told_with_the_traceback_and_kept_as_failed(recipe: Path) -> 
     assert code == 1 and "ArithmeticError: loss is NaN" in err and "rank 1 failed" in err
     assert outcomes(recipe.parent / "run") == ["failed"]
     assert read_json(recipe.parent / "run/summary.json")["status"] == "failed"
+
+
+def test_an_error_of_input_on_a_rank_is_refused_on_every_node(recipe: Path) -> None:
+    arguments = ("zero", "description=user error on rank 1")
+    both = [start(recipe, *arguments, slurm=(node, 2, 0)) for node in (1, 0)]
+    ends = [finish(process) for process in both]
+    assert [code for code, _, _ in ends] == [2, 2] and all("r1mega: the prompts are missing; name a file" in err for _, _, err in ends)
+    assert outcomes(recipe.parent / "run") == ["refused"]
 
 
 def test_stages_of_one_run_hold_their_own_locks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

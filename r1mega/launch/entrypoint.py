@@ -24,7 +24,7 @@ def submit(recipe: str, cluster: str, output: str = "", dry_run: bool = False) -
 @entrypoint(namespace="r1mega", help="run one stage, as r1mega run --stage does, one task a node")
 def stage(recipe: str, stage: str, output: str, ranks: int = 1) -> None:
     """Run one stage of a recipe on this node's part of the ranks."""
-    from r1mega.pipeline.launcher import Alone, run_stage
+    from r1mega.pipeline.stage_task import Alone, run_stage
 
     try:
         code = run_stage(Path(recipe), [f"run.ranks={ranks}"], Path(output), Alone(stage))

@@ -17,8 +17,14 @@ from r1mega.launch.plan import StageTask
 
 _ASK_S = 60.0
 _ENDS_FOR_GOOD = """\
-# Exit code 2 is an error of input, which another attempt would meet again.
-scontrol() { if [ "$1" = requeue ] && [ "${exitcode:-0}" = 2 ]; then echo "not requeued"; else command scontrol "$@"; fi; }"""
+# An error of input is one that another attempt would meet again; the first node has written it down.
+scontrol() {{
+    if [ "$1" = requeue ] && grep -qs '"outcome": "refused"' {logs}/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"/attempt.json; then
+        echo "refused, not requeued"
+    else
+        command scontrol "$@"
+    fi
+}}"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _executor(nemo_run: Any, task: StageTask, cluster: Cluster, folders: Sequenc
         **_slurm(executor, task),
         # NeMo-Run writes `export NAME=value` as it is.
         env_vars={name: shlex.quote(value) for name, value in environment.items()} | {"PYTHONPATH": _python_path(environment, folders)},
-        setup_lines="\n".join([*cluster.setup, _ENDS_FOR_GOOD]),
+        setup_lines="\n".join([*cluster.setup, _ENDS_FOR_GOOD.format(logs=shlex.quote(str(task.logs)))]),
         packager=nemo_run.Packager(),
         job_name_prefix="r1mega.",
         poll_estimated_start_time=False,

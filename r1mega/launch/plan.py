@@ -28,6 +28,8 @@ class StageTask:
     """Stages whose jobs must have succeeded."""
     arguments: tuple[str, ...]
     """Of `r1mega`, the same on every node."""
+    logs: Path
+    """Folder of the attempts' logs."""
 
 
 def tasks(recipe: Recipe, cluster: Cluster, run_dir: Path, skip: Mapping[str, object] = {}) -> list[StageTask]:
@@ -52,7 +54,7 @@ def tasks(recipe: Recipe, cluster: Cluster, run_dir: Path, skip: Mapping[str, ob
         if isinstance(cluster.executor, Slurm):
             arguments += ["--grace", str(cluster.executor.grace_s)]
         after = tuple(need for need in needs if need not in skip)
-        found.append(StageTask(name, nodes, ranks_per_node, gpus, time, after, tuple(arguments)))
+        found.append(StageTask(name, nodes, ranks_per_node, gpus, time, after, tuple(arguments), run_dir / "logs" / name))
     return found
 
 

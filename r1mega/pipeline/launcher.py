@@ -6,25 +6,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from r1mega import env
-from r1mega.config.base import PathMark
 from r1mega.config.loading import load_recipe
-from r1mega.config.tree import marked
 from r1mega.errors import UserError
-from r1mega.pipeline import files, nodes
+from r1mega.pipeline import files
 from r1mega.pipeline.preflight import check_contents, check_references
-from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed, joined
+from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
 from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
-_WORKER = "r1mega.pipeline.worker"
+WORKER = "r1mega.pipeline.worker"
+"""What torchrun starts on every rank."""
 
 
-def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, fresh: bool = False, worker: str = _WORKER) -> int:
+def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, fresh: bool = False, worker: str = WORKER) -> int:
     """Run a recipe, or go on with it where an earlier start stopped.
 
     Args:
@@ -54,7 +53,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             return 0
         directory.write_summary("running")
         arguments = ["--standalone", "--nproc-per-node", str(recipe.run.ranks), "-m", worker, str(directory.path)]
-        code = _Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments).wait()
+        code = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments).wait()
         stopped = code > 128
         directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
         if code == 0:
@@ -63,117 +62,12 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             name = signal.Signals(code - 128).name
             print(f"stopped by {name}; the same command goes on from the last checkpoint: {path}", file=sys.stderr)
         else:
-            _explain_failure(directory.logs)
+            explain_failure(directory.logs)
         return code
 
 
 @dataclass(frozen=True)
-class Alone:
-    """How a stage runs alone, as one task of a cluster."""
-
-    stage: str
-    restarts: int = 0
-    """How often torchrun starts the ranks anew when one of them dies."""
-    grace_s: float = 60.0
-    """Seconds from the signal until ranks that have not saved by then are ended."""
-
-
-def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None, alone: Alone, worker: str = _WORKER) -> int:
-    """Run one stage of a recipe, on this machine or as this node's task of a Slurm step; every node makes this call.
-
-    `run.ranks` is the number of ranks on all nodes. SIGUSR1, and in a Slurm step SIGTERM, ask the ranks to save and leave.
-
-    Returns:
-        Exit code as `run`; 128 + N also when the stage was saved and left after signal N.
-
-    Raises:
-        UserError: as `run`; or there is no such stage, what it reads is not finished, the ranks do not divide over the nodes.
-    """
-    task = env.slurm_task() or nodes.ALONE
-    recipe = load_recipe(recipe_path, overrides, only=alone.stage)
-    path = (run_dir or Path("runs") / recipe.name).absolute()
-    if recipe.run.ranks % task.nodes:
-        raise UserError(f"run.ranks={recipe.run.ranks} does not divide over {task.nodes} nodes")
-    if task.node:
-        return _StageTask(RunDirectory(path, recipe), recipe_path, task, alone, worker).follow()
-    with joined(path, recipe, alone.stage) as (directory, locks):
-        return _StageTask(directory, recipe_path, task, alone, worker).lead(locks)
-
-
-class _StageTask:
-    """One node's part in an attempt at a stage."""
-
-    def __init__(self, directory: RunDirectory, recipe_path: Path, task: env.Task, alone: Alone, worker: str) -> None:
-        self._directory, self._folder, self._task, self._alone, self._worker = directory, recipe_path.parent.absolute(), task, alone, worker
-        self._logs = nodes.folder_of(directory.logs, alone.stage, task)
-        # Slurm's SIGTERM announces the end of a preempted job or of its time: the same as SIGUSR1, which it sends ahead of that.
-        self._signals = {signal.SIGUSR1, signal.SIGTERM} if task.job else {signal.SIGUSR1}
-
-    def lead(self, locks: tuple[int, ...]) -> int:
-        """The first node: check, keep the record of the attempt, and call the others."""
-        directory, name, begin = self._directory, self._alone.stage, time.monotonic()
-        self._logs.mkdir(parents=True, exist_ok=True)
-        attempt = nodes.Attempt(name, self._task.job, self._task.restart, self._task.nodes, directory.recipe.run.ranks, nodes.now())
-        attempt.write(self._logs)
-        outcome: nodes.Outcome = "failed"
-        reason = ""
-        # What arrives while inputs are checked waits until there is somebody to ask.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        try:
-            self._check()
-            code = 0 if name in directory.finished() else self._run(nodes.open_meeting(self._logs), locks)
-            if code > 128:
-                outcome, reason = "stopped", _signal_name(code)
-            elif code == 0:
-                outcome = "finished"
-                print(f"{name}: finished in {time.monotonic() - begin:.1f} s: {directory.stage_dirs[name]}")
-            return code
-        except UserError as error:
-            outcome, reason = "refused", str(error)
-            raise
-        finally:
-            replace(attempt, ended=nodes.now(), outcome=outcome, reason=reason).write(self._logs)
-            whole = directory.finished().keys() == directory.recipe.stages.keys()
-            directory.write_summary("finished" if whole else "failed" if outcome in ("failed", "refused") else "running")
-
-    def follow(self) -> int:
-        """Any other node. A stage that is finished already opens no meeting."""
-        if self._alone.stage in self._directory.finished():
-            return 0
-        return self._run(nodes.find_meeting(self._logs), ())
-
-    def _check(self) -> None:
-        recipe, name = self._directory.recipe, self._alone.stage
-        self._directory.check_finished()
-        for path, mark, value in marked(recipe.stages[name], PathMark, f"stages.{name}"):
-            if mark.names_stage and value in recipe.stages and value not in self._directory.finished():
-                raise UserError(f"'{path}': the stage {value!r} is not finished in {self._directory.path}; run it first")
-        check_references(recipe, self._folder, only=name)
-        check_contents(recipe, only=name, local_ranks=recipe.run.ranks // self._task.nodes)
-
-    def _run(self, meeting: nodes.Meeting, locks: tuple[int, ...]) -> int:
-        directory, name, task = self._directory, self._alone.stage, self._task
-        arguments = meeting.torchrun(task, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
-        arguments += ["-m", self._worker, str(directory.path), name, str(self._logs)]
-        stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
-        code = _Ranks(directory, self._folder, locks, arguments, _Saving(self._signals, stop_file, self._alone.grace_s), log).wait()
-        if name in directory.finished():
-            return 0
-        if code == 0 and stop_file.exists():
-            code = 128 + signal.SIGUSR1  # another node was asked, and its ranks took these along
-        if code > 128:
-            print(f"{name}: stopped by {_signal_name(code)}; the next attempt goes on from the last checkpoint", file=sys.stderr)
-        elif code:
-            _explain_failure(self._logs, log)
-        return code
-
-
-def _signal_name(code: int) -> str:
-    return signal.Signals(code - 128).name
-
-
-@dataclass(frozen=True)
-class _Saving:
+class Saving:
     """Signals after which ranks are asked, by a file that they look for, to save and leave."""
 
     signals: Set[signal.Signals]
@@ -181,7 +75,7 @@ class _Saving:
     grace_s: float
 
 
-class _Ranks:
+class Ranks:
     """The torchrun process of a run, and the signals that reach it."""
 
     def __init__(
@@ -190,7 +84,7 @@ class _Ranks:
         recipe_folder: Path,
         locks: tuple[int, ...],
         arguments: Sequence[str],
-        saving: _Saving | None = None,
+        saving: Saving | None = None,
         log_name: str = "torchrun.log",
     ) -> None:
         settings = directory.recipe.run
@@ -273,9 +167,9 @@ class _Ranks:
         self._process.send_signal(signal.SIGTERM)
 
 
-def _explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
+def explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
     """Raise the first rank's UserError, or print the first rank's traceback."""
-    errors = sorted((files.read_json(path) for path in logs.glob("*.error.json")), key=lambda error: float(error["time"]))
+    errors = _errors(logs)
     if not errors:
         _explain_death(logs, torchrun_log)
     elif errors[0]["user"]:
@@ -283,6 +177,16 @@ def _explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
     else:
         print(errors[0]["traceback"], end="", file=sys.stderr)
         print(f"rank {errors[0]['rank']} failed; logs: {logs}", file=sys.stderr)
+
+
+def first_refusal(logs: Path) -> str | None:
+    """The message of the first UserError that a rank has left."""
+    return next((str(error["message"]) for error in _errors(logs) if error["user"]), None)
+
+
+def _errors(logs: Path) -> list[dict[str, Any]]:
+    """What ranks have left that failed, the first one first."""
+    return sorted((files.read_json(path) for path in logs.glob("*.error.json")), key=lambda error: float(error["time"]))
 
 
 def _explain_death(logs: Path, torchrun_log: str) -> None:

@@ -88,6 +88,12 @@ def attempts(logs: Path, stage: str) -> list[tuple[Path, Attempt]]:
     return sorted(((folder, Attempt(**record)) for folder, record in found), key=lambda entry: (entry[1].began, entry[1].restart))
 
 
+def outcome(folder: Path) -> Outcome | None:
+    """How the attempt with this folder of logs has ended; None when it has not."""
+    found = files.read_json(folder / "attempt.json")
+    return Attempt(**found).outcome if found else None
+
+
 def open_meeting(folder: Path) -> Meeting:
     """Choose a port of this node and tell the others."""
     with socket.socket() as probe:
