@@ -98,8 +98,10 @@ class GrpoLoop:
         """One rollout with the current weights, then its minibatches; yields a metrics row per update."""
         stage = self.stage
         rollout = self._roll_out(update)
-        # Between a rollout and its first step the weights are still those of the last update: what is abandoned is drawn again.
-        self.stop_if_asked(update)
+        if update != self._saved:
+            # The weights are still those of the last update: the rollout is abandoned, and drawn again. One that began at a
+            # checkpoint is trained on, or attempts that are short would never get any further.
+            self.stop_if_asked(update)
         size = stage.prompts_per_rollout // stage.updates_per_rollout
         count = min(stage.updates_per_rollout, stage.updates - update)
         minibatches = [Minibatch(rollout, slice(size * i, size * (i + 1)), stage.objective) for i in range(count)]
