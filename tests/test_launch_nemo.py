@@ -13,9 +13,35 @@ from r1mega.errors import UserError
 pytest.importorskip("nemo_run")
 from r1mega.launch import nemo
 from r1mega.launch.plan import tasks
+from r1mega.launch.status import status
 from r1mega.launch.submit import submit
+from r1mega.pipeline.files import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPE = """
+name: short
+stages:
+  zero:
+    kind: grpo
+    model: {base}
+    prompts: {{sums: {{source: {{kind: tiny, task: running_sum}}}}}}
+    rewards: {{accuracy: {{function: "r1mega.rewards.exact:accuracy"}}}}
+    group_size: 2
+    prompts_per_rollout: 2
+    updates_per_rollout: 1
+    updates: 1
+    sampling: {{max_new_tokens: 4}}
+    optimizer: {{lr: 1.0e-4}}
+  check:
+    kind: evaluate
+    models: {{zero: zero}}
+    suites:
+      sums:
+        prompts: {{source: {{kind: tiny, task: running_sum}}, limit: 2}}
+        judge: r1mega.rewards.exact:accuracy
+        k: 1
+        sampling: {{max_new_tokens: 4}}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +89,19 @@ def test_a_dry_run_writes_the_scripts_and_submits_nothing(tmp_path: Path) -> Non
     assert {path.stem for path in (tmp_path / "run/scripts").iterdir()} == set(load_recipe(CONFIGS / "tiny/r1.yaml").stages)
     assert not (tmp_path / "run/submitted.json").exists()
     assert not list((tmp_path / "nemo").glob("experiments/*/*/*"))
+
+
+@pytest.mark.slow
+def test_the_local_executor_runs_the_stages_in_order(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("name: here\nexecutor: {kind: local}\nranks_per_node: 1\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(base=CONFIGS / "tiny/base"))
+    lines = submit(tmp_path / "recipe.yaml", tmp_path / "cluster.yaml", [], tmp_path / "run", dry_run=False)
+    assert lines[0].startswith("here: NeMo-Run's experiment short_")
+    assert [line.split()[:2] for line in status(tmp_path / "run")[1::2]] == [["zero", "finished"], ["check", "finished"]]
+    assert read_json(tmp_path / "run/summary.json")["status"] == "finished"
+    assert submit(tmp_path / "recipe.yaml", tmp_path / "cluster.yaml", [], tmp_path / "run", False) == [
+        f"all stages are finished: {tmp_path}/run"
+    ]
 
 
 def test_another_executor_that_does_not_exist_is_named(tmp_path: Path) -> None:
