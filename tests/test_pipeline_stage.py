@@ -132,9 +132,11 @@ def test_a_crash_is_told_with_the_traceback_and_kept_as_failed(recipe: Path) -> 
 
 
 def test_an_error_of_input_on_a_rank_is_refused_on_every_node(recipe: Path) -> None:
-    arguments = ("zero", "description=user error on rank 1")
-    both = [start(recipe, *arguments, slurm=(node, 2, 0)) for node in (1, 0)]
-    ends = [finish(process) for process in both]
+    arguments = ("zero", "description=user error on rank 1", "--grace", "1")
+    second, first = (start(recipe, *arguments, slurm=(node, 2, 0)) for node in (1, 0))
+    ends = [finish(second)]
+    first.send_signal(signal.SIGTERM)  # what srun --kill-on-bad-exit does
+    ends.append(finish(first))
     assert [code for code, _, _ in ends] == [2, 2] and all("r1mega: the prompts are missing; name a file" in err for _, _, err in ends)
     assert outcomes(recipe.parent / "run") == ["refused"]
 
