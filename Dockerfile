@@ -5,14 +5,14 @@
 # docker build -t r1mega .        enroot import -o r1mega.sqsh dockerd://r1mega:latest
 # docs/cluster.md says what of it was checked, and that it was never built where it was written.
 
-# Megatron-LM's own base for development in August 2026 (docker/.ngc_version.dev there). Its torch is newer than the 2.9 that r1mega asks
-# for; the torch of images before 25.11 is an alpha of 2.9, which pip takes for older than 2.9 and would replace.
+# Megatron-LM's own base for development in August 2026 (docker/.ngc_version.dev there). r1mega asks for torch 2.9 or newer; the torch of
+# 25.10 calls itself 2.9.0a0, which pip takes for older than 2.9 and would replace.
 ARG BASE=nvcr.io/nvidia/pytorch:26.08-py3
 
 # ------------------------------------------------------------------------------------------------ what has to be compiled
 FROM ${BASE} AS wheels
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# 9.0 is Hopper: kernels for nothing else make the build half as long.
+# 9.0 is Hopper: no kernels are built for anything else.
 ENV MAX_JOBS=16 TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90 NVTE_FRAMEWORK=pytorch
 # The newest version whose abilities megatron-core 0.19.2 asks about is 2.14.0. Its torch part is compiled against this very torch.
 ARG TRANSFORMER_ENGINE=2.14.1

@@ -104,6 +104,19 @@ def test_the_local_executor_runs_the_stages_in_order(tmp_path: Path) -> None:
     ]
 
 
+def test_other_executors_come_by_name_with_their_arguments(tmp_path: Path) -> None:
+    import nemo_run
+
+    (tmp_path / "cluster.yaml").write_text(
+        "name: lab\nranks_per_node: 2\nenvironment: {NCCL_DEBUG: WARN}\n"
+        "executor: {kind: other, executor: DockerExecutor, ranks_argument: num_gpus, arguments: {container_image: r1mega, shm_size: 32g}}\n"
+    )
+    recipe, cluster = load_recipe(CONFIGS / "tiny/r1_zero.yaml"), load_cluster(tmp_path / "cluster.yaml")
+    made = nemo._executor(nemo_run, tasks(recipe, cluster, tmp_path / "run")[0], cluster, [])
+    assert isinstance(made, nemo_run.DockerExecutor)
+    assert (made.container_image, made.shm_size, made.num_gpus, made.env_vars) == ("r1mega", "32g", 2, {"NCCL_DEBUG": "WARN"})
+
+
 def test_another_executor_that_does_not_exist_is_named(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("name: lab\nexecutor: {kind: other, executor: PbsExecutor}\nranks_per_node: 2\n")
     recipe, cluster = load_recipe(CONFIGS / "tiny/r1_zero.yaml"), load_cluster(tmp_path / "cluster.yaml")

@@ -131,6 +131,12 @@ def test_a_crash_is_told_with_the_traceback_and_kept_as_failed(recipe: Path) -> 
     assert read_json(recipe.parent / "run/summary.json")["status"] == "failed"
 
 
+def test_a_rank_that_dies_is_started_again_in_place(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    assert finish(start(recipe, "zero", "--restarts", "1", "description=die once, 1", slurm=(0, 1, 0)))[0] == 0
+    assert (run / "logs/died").exists() and outcomes(run) == ["finished"] and rows(run) == [1, 2, 3, 4]
+
+
 def test_an_error_of_input_on_a_rank_is_refused_on_every_node(recipe: Path) -> None:
     arguments = ("zero", "description=user error on rank 1", "--grace", "1")
     second, first = (start(recipe, *arguments, slurm=(node, 2, 0)) for node in (1, 0))
