@@ -5,5 +5,5 @@ import time
 
 
 def pause(prompt: object, response: str) -> float:
-    time.sleep(float(os.environ.get("R1MEGA_TEST_PAUSE", "0.2")))
+    time.sleep(float(os.environ.get("R1MEGA_TEST_PAUSE", "0.05")))
     return 0.0

@@ -1,6 +1,7 @@
 """A recipe on a real Slurm of two nodes, through NeMo-Run: whole, after a lost node, and within time limits that are too short for it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ PATIENCE = int(os.environ.get("R1MEGA_TEST_PATIENCE", "1"))
 """How many times as long everything may take, on a machine that is busy with something else."""
 PATIENCE_S = PATIENCE * 300.0
 SHORT = [
-    *("stages.zero.updates=6", "stages.zero.save_every=2", "stages.zero.evaluation=null", "stages.zero.reference_refresh=4"),
+    *("stages.zero.updates=10", "stages.zero.save_every=2", "stages.zero.evaluation=null", "stages.zero.reference_refresh=4"),
     *("stages.zero.prompts_per_rollout=4", "stages.zero.group_size=4", "stages.zero.sampling.max_new_tokens=8"),
     # Written before the next update begins, so that the third row says that there is a checkpoint.
     "stages.zero.train.async_save=false",
@@ -52,10 +53,10 @@ def unbroken(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) ->
 def submit(cluster: SlurmCluster, run: Path, **changes: object) -> str:
     """Submit the short recipe; returns Slurm's job."""
     file = run.parent / "cluster.yaml"
-    executor = {"kind": "slurm", "account": "lab", "partition": "batch", "gpus": "none", "exclusive": True, "retries": 20, "signal_s": 10}
+    executor = {"kind": "slurm", "account": "lab", "partition": "batch", "gpus": "none", "exclusive": True, "retries": 20}
     whole = {
         "name": "lab",
-        "executor": executor,
+        "executor": {**executor, "signal_s": 20 * PATIENCE},
         "ranks_per_node": 1,
         "restarts": 0,
         "environment": {"PYTHONPATH": python_path()},
@@ -93,7 +94,7 @@ def outcomes(run: Path) -> list[str | None]:
 
 
 def test_two_nodes_run_a_recipe(unbroken: Path) -> None:
-    assert updates(unbroken) == [1, 2, 3, 4, 5, 6]
+    assert updates(unbroken) == list(range(1, 11))
     assert outcomes(unbroken) == ["finished"]
     assert read_json(unbroken / "summary.json")["status"] == "finished"
     assert read_json(unbroken / "stages/01-zero/provenance.json")["ranks"] == 2
@@ -107,20 +108,37 @@ def test_a_lost_node_costs_no_more_than_the_updates_since_the_checkpoint(cluster
     cluster.wait(lambda: "NODE_FAIL" in cluster.states(job), PATIENCE_S)
     # The spare takes its place: a node that returns at once would be told to end the attempt that it was lost in, and end the next.
     cluster.wait(lambda: cluster.states(job)[-1] == "COMPLETED", PATIENCE_S)
-    assert updates(run) == [1, 2, 3, 4, 5, 6]
+    assert updates(run) == list(range(1, 11))
     assert outcomes(run)[-1] == "finished" and len(outcomes(run)) >= 2
     assert "goes on after update" in log_of(cluster, run)
     assert weights(run) == weights(unbroken)
     cluster.start_node("n2")
 
 
+def test_a_preempted_stage_saves_and_comes_back(cluster: SlurmCluster, unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, run)
+    cluster.wait(lambda: len(updates(run)) >= 3, PATIENCE_S)
+    all_nodes = ("--account=lab", "--partition=urgent", "--nodes=3", "--exclusive")
+    urgent = cluster.run("sbatch", "--parsable", *all_nodes, "--output=/dev/null", "--wrap=true")
+    cluster.wait(lambda: cluster.states(urgent.strip())[-1:] == ["COMPLETED"], PATIENCE_S)
+    cluster.wait(lambda: cluster.states(job)[-1] == "COMPLETED", PATIENCE_S)
+    (_, first), (second, _) = attempts(run / "logs", "zero")
+    assert (first.outcome, first.reason) == ("stopped", "SIGTERM")
+    # Saved where it was stopped, not where a checkpoint was due.
+    went_on = re.search(r"goes on after update (\d)", (second / "progress.log").read_text())
+    assert went_on is not None and int(went_on[1]) >= 3
+    assert updates(run) == list(range(1, 11))
+    assert weights(run) == weights(unbroken)
+
+
 def test_a_time_limit_saves_and_requeues(cluster: SlurmCluster, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(
-        cluster, run, time=f"00:{PATIENCE:02d}:00", environment={"PYTHONPATH": python_path(), "R1MEGA_TEST_PAUSE": str(0.5 * PATIENCE)}
+        cluster, run, time=f"00:{PATIENCE:02d}:00", environment={"PYTHONPATH": python_path(), "R1MEGA_TEST_PAUSE": str(0.25 * PATIENCE)}
     )
     cluster.wait(lambda: cluster.states(job)[-1:] == ["COMPLETED"], 4 * PATIENCE_S)
-    assert updates(run) == [1, 2, 3, 4, 5, 6]
+    assert updates(run) == list(range(1, 11))
     assert "stopped" in outcomes(run) and outcomes(run)[-1] == "finished"
     assert weights(run) == weights(unbroken)
 
