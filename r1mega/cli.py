@@ -38,13 +38,83 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run (default: runs/<recipe name>)")
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder first")
+    parser.add_argument("--stage", metavar="NAME", help="run this stage alone; in a Slurm step, on all of its nodes (docs/cluster.md)")
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="with --stage: restarts of its ranks in place (default: 0)")
+    parser.add_argument(
+        "--grace", type=float, default=60.0, metavar="S", help="with --stage: seconds that it has for saving after a signal (default: 60)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as stages.zero.updates=100")
 
 
 def _run(options: argparse.Namespace) -> int:
     from r1mega.pipeline import launcher
 
+    if options.stage:
+        from r1mega.pipeline import stage_task
+
+        if options.fresh:
+            raise UserError("--fresh deletes a whole run; leave it out with --stage")
+        alone = stage_task.Alone(options.stage, options.restarts, options.grace)
+        return stage_task.run_stage(options.recipe, options.overrides, options.output, alone)
     return launcher.run(options.recipe, options.overrides, options.output, options.fresh)
+
+
+def _declare_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
+    parser.add_argument("--cluster", required=True, type=Path, metavar="FILE", help="YAML file, such as those in configs/clusters")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run, which all nodes see (default: as r1mega run)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write the scripts to RUN_DIR/scripts and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from r1mega.launch.submit import submit
+
+    print(*submit(options.recipe, options.cluster, options.overrides, options.output, options.dry_run), sep="\n")
+    return 0
+
+
+def _declare_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run whose stages run alone")
+
+
+def _status(options: argparse.Namespace) -> int:
+    from r1mega.launch.status import status
+
+    print(*status(options.run), sep="\n")
+    return 0
+
+
+def _declare_logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run whose stages run alone")
+    parser.add_argument("stage", nargs="?", metavar="STAGE", help="name of a stage (default: all)")
+    parser.add_argument("--rank", type=int, metavar="R", help="what that rank printed, instead of the progress")
+    parser.add_argument("--all", action="store_true", help="every line, not the last 40 of each attempt")
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from r1mega.launch.status import logs
+
+    for line in logs(options.run, options.stage, options.rank, options.all):
+        print(line)
+    return 0
+
+
+def _declare_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="whether this recipe can run here")
+    parser.add_argument("--quick", action="store_true", help="do not start the two ranks that time their link")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    warnings.simplefilter("ignore")
+    from r1mega.launch import doctor
+
+    found = doctor.examine(options.recipe, options.overrides, options.quick)
+    print(*doctor.lines(found), sep="\n")
+    return 0 if doctor.able(found) else 1
 
 
 def _declare_check(parser: argparse.ArgumentParser) -> None:
@@ -380,6 +450,10 @@ def _explain(options: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "run": ("run a recipe, or go on with it where it stopped", _declare_run, _run),
+    "submit": ("queue a recipe's stages on a cluster, one job each", _declare_submit, _submit),
+    "status": ("where a run's stages stand, with every attempt at them", _declare_status, _status),
+    "logs": ("what the attempts at a run's stages have printed", _declare_logs, _logs),
+    "doctor": ("what this machine has and lacks, for a recipe or at all", _declare_doctor, _doctor),
     "check": ("check a recipe and print it with every default filled in", _declare_check, _check),
     "eval": ("measure a Hugging Face model on a benchmark", _declare_eval, _eval),
     "report": ("write a run as one page of HTML", _declare_report, _report),

@@ -1,8 +1,9 @@
 """The one place that reads the process environment."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from r1mega.errors import UserError
 
@@ -14,15 +15,52 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int = 1
+    """Processes on this machine."""
 
 
 def ranks() -> Ranks:
-    """Rank, world size and local rank; a process started by hand is rank 0 of 1."""
+    """What torchrun says; a process started by hand is rank 0 of 1."""
     return Ranks(
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where this process stands among those that Slurm started for one step, one a node."""
+
+    node: int
+    nodes: int
+    job: str
+    restart: int
+    """How often Slurm has put the job back into its queue."""
+
+    @property
+    def attempt(self) -> str:
+        """Names this start of the job, the same on every node."""
+        return f"{self.job}-{self.restart}"
+
+
+def slurm_task() -> Task | None:
+    """The task of a Slurm step that this process is; None outside of one."""
+    if "SLURM_STEP_NUM_NODES" not in os.environ:
+        return None
+    return Task(
+        node=int(os.environ["SLURM_NODEID"]),
+        nodes=int(os.environ["SLURM_STEP_NUM_NODES"]),
+        job=os.environ["SLURM_JOB_ID"],
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def python_path(folders: Sequence[Path]) -> str:
+    """This process's PYTHONPATH with folders after it: they never shadow a library."""
+    known = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*([known] if known else []), *map(str, folders)])
 
 
 def secret(variable: str) -> str:

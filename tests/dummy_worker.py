@@ -11,7 +11,7 @@ from typing import Any
 from r1mega import env
 from r1mega.errors import UserError
 from r1mega.pipeline import worker
-from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.files import write_atomic
 from r1mega.pipeline.rundir import RunDirectory
 
@@ -19,10 +19,8 @@ from r1mega.pipeline.rundir import RunDirectory
 @contextmanager
 def start(run: RunDirectory) -> Iterator[Callable[[], Any]]:
     ranks, met = env.ranks(), itertools.count()
-    folder = run.path / "logs" / "barrier"
+    folder = run.path / "logs" / f"barrier-{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     folder.mkdir(exist_ok=True)
-    for mine in folder.glob(f"*-{ranks.rank}"):
-        mine.unlink()
 
     def barrier() -> None:
         step = next(met)
@@ -34,22 +32,36 @@ def start(run: RunDirectory) -> Iterator[Callable[[], Any]]:
     yield barrier
 
 
-def stage(ctx: StageContext) -> dict[str, Any]:
+def misbehave(ctx: StageContext) -> None:
+    """What the description asks for."""
     action = ctx.recipe.description
+    if action == f"user error on rank {ctx.rank}":
+        raise UserError("the prompts are missing; name a file")
+    if action == f"crash on rank {ctx.rank}":
+        raise ArithmeticError("loss is NaN")
+    if action == f"die on rank {ctx.rank}":
+        os.kill(os.getpid(), 9)
+    if action == f"die once, {ctx.rank}" and not (ctx.run.path / "logs" / "died").exists():
+        (ctx.run.path / "logs" / "died").touch()
+        os.kill(os.getpid(), 9)
+    if " on rank " in action:
+        time.sleep(60)  # as in a collective that the other rank never joins
+
+
+def stage(ctx: StageContext) -> dict[str, Any]:
     checkpoint = ctx.dir / f"done-{ctx.rank}"  # each its own: ranks do not wait for one another within a stage
     done = int(checkpoint.read_text()) if checkpoint.exists() else 0
     ctx.metrics.resume(after=done)
     for update in range(done + 1, 5):
-        if action == f"user error on rank {ctx.rank}":
-            raise UserError("the prompts are missing; name a file")
-        if action == f"crash on rank {ctx.rank}":
-            raise ArithmeticError("loss is NaN")
-        if action == f"die on rank {ctx.rank}":
-            os.kill(os.getpid(), 9)
+        misbehave(ctx)
         ctx.metrics.write({"update": update, "reward/mean": update / 4, "eval/tiny/pass@1": {"value": 0.5, "ci95": [0.4, 0.6]}})
         ctx.progress.update(update, 4, {"reward": update / 4})
         write_atomic(checkpoint, str(update))
-        while (ctx.run.path / f"hold-{update}").exists():
+        while (ctx.run.path / f"hold-{update}").exists() and not (ctx.run.path / "deaf").exists():
+            if ctx.stop_file is not None and ctx.stop_file.exists():
+                raise Stopped
+            time.sleep(0.05)
+        while (ctx.run.path / "deaf").exists():
             time.sleep(0.05)
     print("a library prints")
     if ctx.stage.kind != "evaluate":

@@ -21,12 +21,14 @@ _MAKERS = {
 """The kinds of stage that make what a reference asks for."""
 
 
-def check(recipe: Recipe, source: str, inputs: bool = True) -> None:
+def check(recipe: Recipe, source: str, inputs: bool = True, only: str | None = None) -> None:
     """Raise UserError for the first thing in a recipe that cannot run; `source` names the recipe in the message.
 
-    Without `inputs`, files and folders of the recipe need not be on this machine.
+    Without `inputs`, files and folders of the recipe need not be on this machine. With `only`, that stage alone must suit `run.ranks`.
     """
     _check_names(recipe, source)
+    if only is not None and only not in recipe.stages:
+        raise UserError(f"{source}: there is no stage {only!r}; the stages are {', '.join(recipe.stages)}")
     twice = recipe.models.keys() & recipe.stages.keys()
     if twice:
         raise UserError(f"{source}: {min(twice)!r} names a folder below 'models' and a stage; give one of them another name")
@@ -37,12 +39,8 @@ def check(recipe: Recipe, source: str, inputs: bool = True) -> None:
                 _check_reference(recipe, earlier, path, mark, value, source)
             elif inputs:
                 _check_input(earlier, path, mark, value, source)
-        layout = stage.layout or recipe.layout
-        try:
-            layout.dp(recipe.run.ranks), layout.edp(recipe.run.ranks)
-        except ValueError as error:
-            where = f"stages.{name}.layout" if stage.layout else "layout"
-            raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
+        if only in (None, name):
+            check_ranks(recipe, name, recipe.run.ranks, source)
         _check_placement(recipe, stage, f"stages.{name}", source)
         if isinstance(stage, Grpo):
             for prompts in stage.prompts.values():
@@ -63,6 +61,17 @@ def _check_placement(recipe: Recipe, stage: Stage, where: str, source: str) -> N
             f"{source}: '{where}' asks a teacher while it trains, and servers on the trainer's GPUs cannot answer then; use "
             "rollout.sglang.placement=disaggregated"
         )
+
+
+def check_ranks(recipe: Recipe, name: str, ranks: int, source: str) -> None:
+    """UserError unless the layout of a stage divides so many ranks."""
+    stage = recipe.stages[name]
+    layout = stage.layout or recipe.layout
+    try:
+        layout.dp(ranks), layout.edp(ranks)
+    except ValueError as error:
+        where = f"stages.{name}.layout" if stage.layout else "layout"
+        raise UserError(f"{source}: '{where}': {error} (run.ranks)") from None
 
 
 def _check_heldout(stage: Grpo, prompts: PromptSet, where: str, source: str) -> None:

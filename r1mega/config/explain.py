@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from r1mega.config import tree
 from r1mega.config.base import Closed
+from r1mega.config.cluster import Cluster
 from r1mega.config.schema import Recipe
 from r1mega.config.stages import Stage
 from r1mega.errors import UserError
@@ -27,7 +28,8 @@ class _Spot:
 def explain(path: str) -> str:
     """Type, default and description of a key, or the keys below it.
 
-    Paths start at the recipe, or at the kind of a stage. A key that several kinds have is explained for each.
+    Paths start at the recipe, at the kind of a stage, or at `cluster` for a cluster file. A key that several kinds have is explained
+    for each.
 
     Raises:
         UserError: there is no such key; names the nearest one.
@@ -35,6 +37,9 @@ def explain(path: str) -> str:
     spots = [_Spot(Recipe, None, None)]
     steps = [step for step in path.split(".") if step]
     path = ".".join(steps)
+    if steps and steps[0] == "cluster":
+        steps.pop(0)
+        spots = [_Spot(Cluster, None, None)]
     kinds = {tree.kind(member): member for member in tree.classes(Stage)}
     if steps and steps[0] in kinds:
         spots = [_Spot(kinds[steps.pop(0)], None, None)]

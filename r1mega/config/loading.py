@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from r1mega.config import suites, tree, yaml
 from r1mega.config.base import Closed, PathMark
 from r1mega.config.checks import check
+from r1mega.config.cluster import Cluster
 from r1mega.config.engine_layout import EngineFile
 from r1mega.config.evaluation import Suite
 from r1mega.config.layout import LayoutFile
@@ -46,17 +47,18 @@ class Override:
         return path == self.path or path.startswith(self.path + ".")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), inputs: bool = True) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), inputs: bool = True, only: str | None = None) -> Recipe:
     """Read a recipe, apply `key.path=value` overrides (values are YAML), make its paths absolute and check it.
 
-    Without `inputs`, its files and folders need not be on this machine.
+    Without `inputs`, its files and folders need not be on this machine. With `only`, the name of a stage, that one alone must suit
+    `run.ranks`: the others run elsewhere.
 
     Paths in the file are relative to the file, paths in overrides to the working directory.
     Raises UserError, one line, for anything the recipe says that cannot be run.
     """
     path = Path(path)
     recipe = _load(Recipe, path, [_parse_override(text) for text in overrides])
-    check(recipe, str(path), inputs)
+    check(recipe, str(path), inputs, only)
     return recipe
 
 
@@ -92,6 +94,11 @@ def load_layout(path: Path) -> LayoutFile:
 def load_engine(path: Path) -> EngineFile:
     """Read one engine's layout from its YAML file; UserError, one line, when its sizes do not divide."""
     return _load(EngineFile, path, [])
+
+
+def load_cluster(path: Path) -> Cluster:
+    """Read a cluster file; UserError, one line, for anything in it that cannot be used."""
+    return _load(Cluster, path, [])
 
 
 def dump_resolved(recipe: Recipe) -> str:

@@ -130,8 +130,12 @@ def nearest(key: str, annotation: Any) -> str:
     deeper = [path for path in paths if path.rpartition(".")[2] == key]
     if deeper:
         return min(deeper, key=lambda path: path.count("."))
-    here = [path for path in paths if "." not in path]
-    return max(here, key=lambda path: difflib.SequenceMatcher(None, key, path).ratio())
+    return nearest_of(key, [path for path in paths if "." not in path])
+
+
+def nearest_of(word: str, known: Sequence[str]) -> str:
+    """The known word that a wrong one most likely meant."""
+    return max(known, key=lambda one: difflib.SequenceMatcher(None, word, one).ratio())
 
 
 def keys(annotation: Any) -> list[str]:

@@ -18,6 +18,10 @@ from r1mega.report.progress import Progress
 from r1mega.rollout.pool import Engines
 
 
+class Stopped(Exception):
+    """Every rank leaves the stage: it was asked to stop, and has saved what it goes on from."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """One stage on one rank: what to do, from what, and where results go."""
@@ -32,6 +36,15 @@ class StageContext:
     """The terminal; silent on ranks other than 0."""
     engines: Engines
     """Of the whole run."""
+    stop_file: Path | None = None
+    """The launcher makes this file when it is asked to stop, before a preemption or a time limit; None where it never is."""
+
+    def stop_asked(self) -> bool:
+        """Whether the stage is to save and raise `Stopped`. The same on every rank, each of which must ask."""
+        from r1mega.pipeline import ranks
+
+        stop_file = self.stop_file
+        return stop_file is not None and ranks.shared(stop_file.exists)
 
     @property
     def recipe(self) -> Recipe:

@@ -1,12 +1,12 @@
 """`r1mega run`: claim the run directory, start the ranks with torchrun, pass signals on, say what went wrong."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
 from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
-_WORKER = "r1mega.pipeline.worker"
+WORKER = "r1mega.pipeline.worker"
+"""What torchrun starts on every rank."""
 
 
-def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, fresh: bool = False, worker: str = _WORKER) -> int:
+def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, fresh: bool = False, worker: str = WORKER) -> int:
     """Run a recipe, or go on with it where an earlier start stopped.
 
     Args:
@@ -51,7 +52,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             directory.write_summary("finished")
             return 0
         directory.write_summary("running")
-        code = _Ranks(directory, recipe_path.parent.absolute(), lock, worker).wait()
+        arguments = ["--standalone", "--nproc-per-node", str(recipe.run.ranks), "-m", worker, str(directory.path)]
+        code = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments).wait()
         stopped = code > 128
         directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
         if code == 0:
@@ -60,39 +62,70 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             name = signal.Signals(code - 128).name
             print(f"stopped by {name}; the same command goes on from the last checkpoint: {path}", file=sys.stderr)
         else:
-            _explain_failure(directory.logs)
+            explain_failure(directory.logs)
         return code
 
 
-class _Ranks:
+@dataclass(frozen=True)
+class Saving:
+    """Signals after which ranks are asked, by a file that they look for, to save and leave."""
+
+    signals: Set[signal.Signals]
+    stop_file: Path
+    grace_s: float
+
+
+class Ranks:
     """The torchrun process of a run, and the signals that reach it."""
 
-    def __init__(self, directory: RunDirectory, recipe_folder: Path, lock: int, worker: str) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        recipe_folder: Path,
+        locks: tuple[int, ...],
+        arguments: Sequence[str],
+        saving: Saving | None = None,
+        log_name: str = "torchrun.log",
+    ) -> None:
         settings = directory.recipe.run
         self._received: int | None = None
-        directory.logs.mkdir(exist_ok=True)
-        for old in directory.logs.glob("*.error.json"):
-            old.unlink()
+        self._saving = saving
+        logs = saving.stop_file.parent if saving else directory.logs
+        logs.mkdir(parents=True, exist_ok=True)
+        if saving is None:
+            for old in logs.glob("*.error.json"):
+                old.unlink()
         environment = env.for_ranks(settings.threads_per_rank, settings.platform)
+        if saving and signal.SIGTERM in saving.signals:
+            # Ranks ignore SIGTERM, see below: torchrun passes none on, and does not wait for them to obey one.
+            environment |= {"PET_SIGNALS_TO_HANDLE": "SIGINT", "PET_SHUTDOWN_TIMEOUT": "5"}
         # A user's own rewards lie beside the recipe; last, so that they never shadow a library.
-        known = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([known, str(recipe_folder)] if known else [str(recipe_folder)])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.ranks)]
-        with (directory.logs / "torchrun.log").open("ab") as log:
+        environment["PYTHONPATH"] = env.python_path([recipe_folder])
+        with (logs / log_name).open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "-m", worker, str(directory.path)],
+                [sys.executable, "-m", "torch.distributed.run", *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=(lock,),
+                pass_fds=locks,
                 # Ctrl-C reaches this process alone, which passes it on once.
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+                preexec_fn=self._before_exec,
             )
+
+    def _before_exec(self) -> None:
+        """What torchrun and, through it, the ranks inherit. Slurm sends a step's signals to every process in it, not to this one alone."""
+        ignored = self._saving.signals if self._saving else ()
+        for sign in ignored:
+            signal.signal(sign, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
+        die_with_parent(signal.SIGKILL if signal.SIGTERM in ignored else signal.SIGTERM)
 
     def wait(self) -> int:
         """Wait for the ranks to end; returns the run's exit code."""
-        handlers = {sign: signal.signal(sign, self._forward) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        heard = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} | (self._saving.signals if self._saving else set())
+        handlers = {sign: signal.signal(sign, self._forward) for sign in heard}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
             code = None
             while code is None and self._received is None:
@@ -100,14 +133,20 @@ class _Ranks:
             # A signal can arrive while the last look is under way, and the ranks be gone before it ends: still a stopped run.
             if self._received is None or code == 0:
                 return 1 if code else 0
-            if self._ended(_GRACE_S) is None:
+            if self._saving and self._received in self._saving.signals:
+                self._saving.stop_file.touch()
+                grace_s = self._saving.grace_s
+            else:
+                grace_s = _GRACE_S
+            if self._ended(grace_s) is None:
                 # Ranks die with torchrun: each asked for SIGKILL at its parent's death.
                 self._process.kill()
                 self._process.wait()
             return 128 + self._received
         finally:
             for sign, handler in handlers.items():
-                signal.signal(sign, handler)
+                # Slurm repeats itself; how the attempt ended is still to be written.
+                signal.signal(sign, signal.SIG_IGN if self._saving and sign in self._saving.signals else handler)
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a rank that was killed while its display was live left the cursor hidden
 
@@ -119,16 +158,20 @@ class _Ranks:
             return None
 
     def _forward(self, number: int, frame: Any) -> None:
+        if self._saving and number in self._saving.signals:
+            # Slurm's SIGTERM may follow its SIGUSR1: it does not cut short what is being saved.
+            self._received = self._received or number
+            return
         self._received = number
         # Always SIGTERM: a rank that waits in a collective would not see a KeyboardInterrupt before the collective's timeout.
         self._process.send_signal(signal.SIGTERM)
 
 
-def _explain_failure(logs: Path) -> None:
+def explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
     """Raise the first rank's UserError, or print the first rank's traceback."""
-    errors = sorted((files.read_json(path) for path in logs.glob("*.error.json")), key=lambda error: float(error["time"]))
+    errors = _errors(logs)
     if not errors:
-        _explain_death(logs)
+        _explain_death(logs, torchrun_log)
     elif errors[0]["user"]:
         raise UserError(errors[0]["message"])
     else:
@@ -136,12 +179,22 @@ def _explain_failure(logs: Path) -> None:
         print(f"rank {errors[0]['rank']} failed; logs: {logs}", file=sys.stderr)
 
 
-def _explain_death(logs: Path) -> None:
+def first_refusal(logs: Path) -> str | None:
+    """The message of the first UserError that a rank has left."""
+    return next((str(error["message"]) for error in _errors(logs) if error["user"]), None)
+
+
+def _errors(logs: Path) -> list[dict[str, Any]]:
+    """What ranks have left that failed, the first one first."""
+    return sorted((files.read_json(path) for path in logs.glob("*.error.json")), key=lambda error: float(error["time"]))
+
+
+def _explain_death(logs: Path, torchrun_log: str) -> None:
     """Print the end of what a rank left that died without an exception, killed or crashed in native code."""
-    report = _text(logs / "torchrun.log").rpartition("Root Cause")[2]
+    report = _text(logs / torchrun_log).rpartition("Root Cause")[2]
     found = re.search(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", report, re.DOTALL)
     if found is None:
-        print("\n".join(_text(logs / "torchrun.log").splitlines()[-20:]), file=sys.stderr)
+        print("\n".join(_text(logs / torchrun_log).splitlines()[-20:]), file=sys.stderr)
         print(f"the ranks did not start; logs: {logs}", file=sys.stderr)
         return
     rank, code = int(found[1]), int(found[2])

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from r1mega.weights.architecture import Architecture
 
 
-def check_references(recipe: Recipe, folder: Path, inputs: bool = True) -> list[str]:
+def check_references(recipe: Recipe, folder: Path, inputs: bool = True, only: str | None = None) -> list[str]:
     """Import every function a recipe names, from installed modules or from its folder; find every model; fit every layout to its model.
 
     Without `inputs`, files and folders that are not on this machine are returned, each with the first key that names it, instead of
-    refused; layouts are held against every model whose `config.json` is here.
+    refused; layouts are held against every model whose `config.json` is here. With `only`, the name of a stage, its layout alone.
 
     Raises:
         UserError: names the key, and what is wrong with the function, the folder or the layout.
@@ -52,7 +52,7 @@ def check_references(recipe: Recipe, folder: Path, inputs: bool = True) -> list[
             if inputs:
                 raise
             missing.setdefault(value, path)
-    check_layouts(recipe, inputs)
+    check_layouts(recipe, inputs, only)
     return [f"{value} ({path})" for value, path in missing.items()]
 
 
@@ -68,8 +68,8 @@ def _check_path(mark: PathMark, path: str, value: Path) -> None:
         raise UserError(f"'{path}': no file or folder {value}")
 
 
-def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
-    """Check the layout of every training stage against the `config.json` of its model, and what this platform can train.
+def check_layouts(recipe: Recipe, inputs: bool = True, only: str | None = None) -> None:
+    """Check the layout of every training stage, or of one, against the `config.json` of its model, and what this platform can train.
 
     Without `inputs`, models whose `config.json` is not here are passed over.
 
@@ -79,7 +79,7 @@ def check_layouts(recipe: Recipe, inputs: bool = True) -> None:
     from r1mega.weights.architecture import Architecture, read_config
     from r1mega.weights.engine import check_engine
 
-    for name, stage in recipe.stages.items():
+    for name, stage in _chosen(recipe, only):
         try:
             for key, reference in models_of(stage):
                 folder = origin(recipe, reference)
@@ -128,10 +128,18 @@ def _check_reward_model(recipe: Recipe, policy: "Architecture", reference: str, 
         )
 
 
-def check_contents(recipe: Recipe) -> None:
+def _chosen(recipe: Recipe, only: str | None) -> list[tuple[str, Stage]]:
+    return [(name, stage) for name, stage in recipe.stages.items() if only in (None, name)]
+
+
+def check_contents(recipe: Recipe, only: str | None = None, local_ranks: int | None = None) -> None:
     """Check the engine, this machine's devices, and for every stage the weights, the tokenizer, the prompts and the conversations.
 
     Of a model that an earlier stage makes, the configuration and the tokenizer are those of the folder it comes from.
+
+    Args:
+        only: the name of the one stage to check; left out: all.
+        local_ranks: ranks on this machine; left out: all of `run.ranks`.
 
     Raises:
         UserError: names the key, and what is missing, malformed or too long.
@@ -143,10 +151,10 @@ def check_contents(recipe: Recipe) -> None:
     if recipe.run.platform == "cuda":
         from r1mega.megatron.platform import cuda
 
-        cuda.require(recipe.run.ranks)
+        cuda.require(local_ranks or recipe.run.ranks)
     folders: dict[Path, ModelFolder] = {}
     lengths: dict[tuple[Path, str, int], int] = {}
-    for name, stage in recipe.stages.items():
+    for name, stage in _chosen(recipe, only):
         where = f"stages.{name}"
         for key, reference in models_of(stage):
             path = origin(recipe, reference)

@@ -3,6 +3,7 @@
 resolved.yaml            the whole configuration
 summary.json             {"recipe", "status", "stages": [{"name", "kind", "wall_s", "metrics"}]}
 logs/                    what ranks and their launcher print
+logs/<stage>/<attempt>/  the same of a stage that runs alone (`r1mega run --stage`), one folder a start, and attempt.json
 stages/<nn>-<name>/      metrics.jsonl, artifact/, and provenance.json once the stage is finished
 
 A folder belongs to the configuration it was started with as soon as any file below stages/ holds a byte: a row of metrics, a checkpoint,
@@ -28,9 +29,10 @@ from r1mega.errors import UserError
 from r1mega.pipeline import files
 from r1mega.pipeline.artifacts import Provenance, check_model
 
-_LOCK = ".lock"
+LOCK = ".lock"
+"""Of a run directory and of a stage's folder."""
 _DELETED = ".deleted"
-_OURS = frozenset({_LOCK, _DELETED, "resolved.yaml", "summary.json", "logs", "stages"})
+_OURS = frozenset({LOCK, _DELETED, "resolved.yaml", "summary.json", "submitted.json", "scripts", "logs", "stages"})
 _ENDING_S = 20.0
 
 
@@ -135,11 +137,11 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
     check_belongs(path, recipe, fresh)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise _unusable(path, error) from None
     try:
-        _wait_for(lock, path)
+        _wait_for(lock, path, fcntl.LOCK_EX)
         check_belongs(path, recipe, fresh)
         try:
             _prepare(path, recipe, fresh)
@@ -148,6 +150,46 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
         yield RunDirectory(path, recipe), lock
     finally:
         os.close(lock)
+
+
+@contextmanager
+def joined(path: Path, recipe: Recipe, stage: str) -> Iterator[tuple[RunDirectory, tuple[int, int]]]:
+    """Hold one stage of a run directory; others may hold its other stages at the same time, but nobody the whole of it.
+
+    Yields:
+        The directory, and the descriptors of its locks, as `claimed` does.
+
+    Raises:
+        UserError: as `claimed`; or the stage runs already.
+    """
+    check_belongs(path, recipe, fresh=False)
+    directory, held = RunDirectory(path, recipe), list[int]()
+
+    def hold(folder: Path, kind: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+        _wait_for(held[-1], folder, kind)
+
+    try:
+        try:
+            hold(path, fcntl.LOCK_SH)
+            check_belongs(path, recipe, fresh=False)
+            # Stages of one run may have different numbers of ranks, and then none of them rewrites the file of the others.
+            if not (path / "resolved.yaml").exists() or _without_ranks(load_resolved(path / "resolved.yaml")) != _without_ranks(recipe):
+                files.write_atomic(path / "resolved.yaml", dump_resolved(recipe))
+            hold(directory.stage_dirs[stage], fcntl.LOCK_EX)
+        except OSError as error:
+            raise _unusable(path, error) from None
+        yield directory, (held[0], held[1])
+    finally:
+        for lock in held:
+            os.close(lock)
+
+
+def _without_ranks(recipe: Recipe) -> dict[str, Any]:
+    plain = recipe.model_dump()
+    del plain["run"]["ranks"]
+    return plain
 
 
 def _prepare(path: Path, recipe: Recipe, fresh: bool) -> None:
@@ -165,12 +207,12 @@ def _unusable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: the run cannot be written there ({error.strerror}); choose another folder with -o")
 
 
-def _wait_for(lock: int, path: Path) -> None:
+def _wait_for(lock: int, path: Path, kind: int) -> None:
     """Take the lock. The ranks of a run whose launcher was killed hold it until they have ended, which takes them some seconds."""
     deadline = time.monotonic() + _ENDING_S
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise UserError(f"{path} is in use by another run; wait for it, or choose another folder with -o") from None
@@ -190,7 +232,7 @@ def check_belongs(path: Path, recipe: Recipe, fresh: bool) -> None:
             raise UserError(f"{nearest} is a file; choose another folder with -o")
         if not os.access(nearest, os.W_OK):
             raise PermissionError(EACCES, os.strerror(EACCES))
-        content = {entry.name for entry in path.iterdir()} - {_LOCK, _DELETED} if nearest == path else set()
+        content = {entry.name for entry in path.iterdir()} - {LOCK, _DELETED} if nearest == path else set()
     except OSError as error:
         raise _unusable(path, error) from None
     if not content:
@@ -236,7 +278,7 @@ def _clear(path: Path) -> None:
         os.replace(path / "stages", deleted)
         shutil.rmtree(deleted)
     shutil.rmtree(path / "logs", ignore_errors=True)
-    for name in ("summary.json", "resolved.yaml"):
+    for name in ("summary.json", "submitted.json", "resolved.yaml"):
         (path / name).unlink(missing_ok=True)
 
 

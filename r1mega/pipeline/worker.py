@@ -1,4 +1,7 @@
-"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR`, started by torchrun. Runs all stages in turn."""
+"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS]`, started by torchrun.
+
+Runs all stages in turn, or the one that is named, with its logs in a folder of their own.
+"""
 
 import importlib
 import os
@@ -10,14 +13,14 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 
 from r1mega import env
 from r1mega.errors import UserError
 from r1mega.pipeline import artifacts, files
-from r1mega.pipeline.context import StageContext, StageFunction
+from r1mega.pipeline.context import StageContext, StageFunction, Stopped
 from r1mega.pipeline.metrics import MetricsWriter, scalars
 from r1mega.pipeline.rundir import RunDirectory
 from r1mega.process import die_with_parent
@@ -52,21 +55,21 @@ def main(
     find: Callable[[str], StageFunction] = stage_function,
     start: Callable[[RunDirectory], AbstractContextManager[Callable[[], Any]]] = started,
 ) -> int:
-    """Run every unfinished stage of a run directory on this rank; returns the exit code.
+    """Run every unfinished stage of a run directory on this rank, or the named one; returns the exit code.
 
-    An error is left in `logs/rank<k>.error.json` for the launcher, which shows the one that came first.
+    An error is left in `rank<k>.error.json` of the logs for the launcher, which shows the one that came first.
     """
     die_with_parent()
     path, ranks = Path(arguments[0]), env.ranks()
-    logs = path / "logs"
+    only, logs = (arguments[1], Path(arguments[2])) if arguments[1:] else (None, path / "logs")
     logs.mkdir(parents=True, exist_ok=True)
     terminal = _redirect(logs / f"rank{ranks.rank}.log")
     try:
         run = RunDirectory.open(path)
         # The finished stages are read before ranks can meet, hence before any rank can finish one: all skip the same.
         finished = run.finished()
-        with _progress(run, ranks, terminal) as progress, start(run) as barrier:
-            run_stages(run, finished, ranks, progress, find, barrier)
+        with _progress(run, ranks, terminal, only, logs) as progress, start(run) as barrier:
+            run_stages(run, finished, ranks, progress, find, barrier, (only, logs / "stop") if only else None)
     except Exception as error:
         traceback.print_exc()
         found = {
@@ -91,32 +94,51 @@ def run_stages(
     progress: Progress,
     find: Callable[[str], StageFunction],
     barrier: Callable[[], Any],
+    only: tuple[str, Path] | None = None,
 ) -> None:
-    """Run the stages that are not finished, in order; `finished` is the same on every rank."""
-    with Engines(partial(opened, run)) as engines:
+    """Run the stages that are not finished, in order; `finished` is the same on every rank.
+
+    `only` is the one stage to run, and the file that asks it to stop.
+    """
+    stop_file = only[1] if only else None
+    with Engines(partial(opened, run, ranks.local_world_size)) as engines:
         for name, stage in run.recipe.stages.items():
+            if only and name != only[0]:
+                continue
             if name in finished:
                 progress.skip(name)
                 continue
-            _run_stage(run, name, ranks, progress, engines, find(stage.kind))
+            try:
+                _run_stage(run, name, ranks, progress, engines, find(stage.kind), stop_file)
+            except Stopped:
+                progress.note(f"{name}: stopped, and saved")
+                return
             # The next stage reads what rank 0 has just written.
             barrier()
 
 
-def opened(run: RunDirectory, model_dir: Path) -> "Engine":
-    """The recipe's engine for the model that a folder describes."""
+def opened(run: RunDirectory, local_ranks: int, model_dir: Path) -> "Engine":
+    """The recipe's engine for the model that a folder describes, beside so many ranks on this machine."""
     from r1mega.rollout.open import Surroundings, open_engine
 
     settings = run.recipe.run
-    where = Surroundings(settings.platform, run.logs / "engine", settings.threads_per_rank, trainer_gpus=settings.ranks)
+    where = Surroundings(settings.platform, run.logs / "engine", settings.threads_per_rank, trainer_gpus=local_ranks)
     return open_engine(run.recipe.rollout, model_dir, where)
 
 
-def _run_stage(run: RunDirectory, name: str, ranks: env.Ranks, progress: Progress, engines: Engines, function: StageFunction) -> None:
+def _run_stage(
+    run: RunDirectory,
+    name: str,
+    ranks: env.Ranks,
+    progress: Progress,
+    engines: Engines,
+    function: StageFunction,
+    stop_file: Path | None,
+) -> None:
     folder = run.stage_dirs[name]
     folder.mkdir(parents=True, exist_ok=True)
     metrics = MetricsWriter(folder, enabled=ranks.rank == 0)
-    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress, engines)
+    context = StageContext(run, name, ranks.rank, ranks.world_size, metrics, progress, engines, stop_file)
     begin = time.monotonic()
     progress.begin(name, context.stage.kind)
     inputs = artifacts.input_digests(context.stage, run.stage_dirs) if ranks.rank == 0 else {}
@@ -149,10 +171,29 @@ def _headline(summary: Mapping[str, Any]) -> dict[str, float]:
     return dict(islice(scalars(measured or summary), 6))
 
 
-def _progress(run: RunDirectory, ranks: env.Ranks, terminal: int) -> Progress:
+def _progress(run: RunDirectory, ranks: env.Ranks, terminal: int, only: str | None, logs: Path) -> Progress:
     if ranks.rank:
         return Progress.silent()
-    return Progress(list(run.recipe.stages), Console(file=os.fdopen(terminal, "w", buffering=1, encoding="utf-8")))
+    shown: TextIO = os.fdopen(terminal, "w", buffering=1, encoding="utf-8")
+    if only is None:
+        return Progress(list(run.recipe.stages), Console(file=shown))
+    # Slurm keeps what is shown in a file of its own choice; `r1mega logs` reads this one.
+    both = _Both([shown, (logs / "progress.log").open("a", buffering=1, encoding="utf-8")])
+    return Progress([only], Console(file=cast(TextIO, both), width=200))
+
+
+class _Both:
+    """A stream that writes to several. It is no terminal: progress comes in lines."""
+
+    def __init__(self, streams: Sequence[TextIO]) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        return max(stream.write(text) for stream in self._streams)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
 
 
 def _redirect(log: Path) -> int:

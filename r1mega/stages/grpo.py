@@ -23,7 +23,7 @@ from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import LocalBatch, NotFinite, Policy
 from r1mega.megatron.reward_model import RewardModel
 from r1mega.pipeline import ranks
-from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.report.plot import draw
 from r1mega.rollout.ask import Question, read
@@ -56,6 +56,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
                 ctx.metrics.write(row)
                 loop.checkpoints.poll()
             loop.finish_rollout(min(update + stage.updates_per_rollout, stage.updates))
+            loop.stop_if_asked(min(update + stage.updates_per_rollout, stage.updates))
         loop.checkpoints.wait()
         summary = loop.last_metrics | (flat(loop.evaluations) if loop.evaluations else {})
     export(ctx, model, policy.exchange.gather(getattr(torch, stage.train.dtype)), getattr(torch, stage.export_dtype))
@@ -88,6 +89,7 @@ class GrpoLoop:
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.last_metrics: dict[str, Any] = {}
         self._served = self._drawn_by = DrawnBy(-1)
+        self._saved = 0
 
     # -------------------------------------------------------- one rollout
 
@@ -95,6 +97,10 @@ class GrpoLoop:
         """One rollout with the current weights, then its minibatches; yields a metrics row per update."""
         stage = self.stage
         rollout = self._roll_out(update)
+        if update != self._saved:
+            # The weights are still those of the last update: the rollout is abandoned, and drawn again. One that began at a
+            # checkpoint is trained on, or attempts that are short would never get any further.
+            self.stop_if_asked(update)
         size = stage.prompts_per_rollout // stage.updates_per_rollout
         count = min(stage.updates_per_rollout, stage.updates - update)
         replays = self.ctx.recipe.rollout.routing_replay == "rollout"
@@ -183,10 +189,7 @@ class GrpoLoop:
         found = self.guard.hold(update, parts, self.groups.sampling(update))
         if found.stop is not None:
             self.ctx.metrics.write({"update": update + 1, **found.row})
-            # Between two checkpoints that were planned for, responses may be under way that a checkpoint does not hold.
-            if not (self.stage.partial or self.stage.staleness):
-                self.save(update)
-                self.checkpoints.wait()
+            self._save_early(update)
             raise UserError(
                 f"stage {self.ctx.name}, update {update + 1}: {found.stop}; nothing was trained on this rollout, and the same command "
                 f"goes on from {self.ctx.dir / 'checkpoints'}"
@@ -282,10 +285,27 @@ class GrpoLoop:
     def save(self, update: int) -> None:
         """Write a checkpoint that `restore` goes on from."""
         self.checkpoints.save(f"update-{update:06d}", {"update": update}, self.reference)
+        self._saved = update
+
+    def stop_if_asked(self, update: int) -> None:
+        """Save and leave the stage when the run is asked to, unless it is done anyway; `update` updates are behind it."""
+        if update >= self.stage.updates or not self.ctx.stop_asked():
+            return
+        self._save_early(update)
+        raise Stopped
+
+    def _save_early(self, update: int) -> None:
+        """Write the checkpoint that the stage goes on from, before its time.
+
+        Not in the middle of responses that are drawn in pieces, which no checkpoint holds: then the last one is gone on from.
+        """
+        if update and update != self._saved and not self.stage.partial:
+            self.save(update)
+        self.checkpoints.wait()
 
     def restore(self) -> int:
         """Load the newest checkpoint if there is one; returns the update to go on with."""
-        done = restore(self.ctx, self.checkpoints, self.reference)
+        done = self._saved = restore(self.ctx, self.checkpoints, self.reference)
         for update in range(0, done, self.stage.updates_per_rollout):
             self.groups.skip(update)
         return done

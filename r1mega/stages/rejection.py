@@ -26,7 +26,7 @@ from r1mega.data.sources import load_prompts
 from r1mega.data.templates import encode
 from r1mega.errors import UserError
 from r1mega.pipeline import ranks
-from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rewards import agreement
 from r1mega.rewards.imports import load_function
@@ -63,6 +63,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
                 ledger.append(made)
                 done.append(made)
             ctx.progress.update(index + 1, len(chunks), {"kept": sum(len(one.rows) for one in done)})
+            if index + 1 < len(chunks) and ctx.stop_asked():
+                raise Stopped  # the ledger holds what is done
     rows = [row for one in done for row in one.rows]
     for one in done:
         counts.update(one.counts)

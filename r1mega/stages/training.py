@@ -10,7 +10,7 @@ from torch import Tensor
 from r1mega.errors import UserError
 from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import NotFinite, Policy
-from r1mega.pipeline.context import StageContext
+from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.model_folder import ModelFolder
 
 
@@ -35,6 +35,11 @@ def run_updates(
         if save_every and (update + 1) % save_every == 0 and update + 1 < updates:
             checkpoints.save(f"update-{update + 1:06d}", {"update": update + 1}, None)
         checkpoints.poll()
+        if update + 1 < updates and ctx.stop_asked():
+            if not save_every or (update + 1) % save_every:
+                checkpoints.save(f"update-{update + 1:06d}", {"update": update + 1}, None)
+            checkpoints.wait()
+            raise Stopped
     checkpoints.wait()
     return row
 
