@@ -76,6 +76,12 @@ class Sglang(Closed):
         "all", description="all: after every sync compare the checksum of every parameter of a server, which CPU servers can; none: do not"
     )
 
+    def gpus_from(self, trainer_gpus: int) -> int:
+        """GPU of the first server's first rank, on a machine whose first GPUs the trainer has."""
+        if self.first_gpu is not None:
+            return self.first_gpu
+        return 0 if self.placement == "colocated" else trainer_gpus
+
     @model_validator(mode="after")
     def _path_has_its_transport(self) -> "Sglang":
         if self.path == "shards" and self.transport not in ("tensor", "request"):

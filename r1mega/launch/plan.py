@@ -87,14 +87,15 @@ def _given(recipe: Recipe, cluster: Cluster, name: str) -> tuple[int, int, str]:
 
 
 def _gpus(recipe: Recipe, cluster: Cluster, name: str, ranks_per_node: int) -> int:
-    """GPUs that a stage's fullest node needs: rank 0 starts its SGLang servers on its own, from `first_gpu` on."""
+    """GPUs that a stage's fullest node needs: rank 0 starts its SGLang servers on its own, after the trainer's or beside it."""
     servers, generates = recipe.rollout.sglang, isinstance(recipe.stages[name], Grpo | Rejection | Distill | Evaluate)
     if recipe.rollout.engine != "sglang" or servers.addresses or not generates:
         return ranks_per_node
-    needed = max(ranks_per_node, servers.first_gpu + servers.layout.ranks)
+    first = servers.gpus_from(ranks_per_node)
+    needed = max(ranks_per_node, first + servers.layout.ranks)
     if needed > cluster.gpus_per_node:
         raise UserError(
-            f"{cluster.name}: stage {name!r}: {servers.layout.servers} servers of {servers.layout.tp} GPUs from GPU {servers.first_gpu} on "
+            f"{cluster.name}: stage {name!r}: {servers.layout.servers} servers of {servers.layout.tp} GPUs from GPU {first} on "
             f"do not fit a node of {cluster.gpus_per_node} GPUs; make rollout.sglang.layout smaller, or start them elsewhere and name "
             "their rollout.sglang.addresses"
         )

@@ -96,13 +96,6 @@ def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port
     return [*found, *settings.arguments]
 
 
-def first_gpu(settings: Sglang, where: Surroundings) -> int:
-    """Where the servers' GPUs begin."""
-    if settings.first_gpu is not None:
-        return settings.first_gpu
-    return 0 if settings.placement == "colocated" else where.trainer_gpus
-
-
 class Started:
     """A server that this process has started. It dies with this process, however that dies."""
 
@@ -113,7 +106,7 @@ class Started:
         where.folder.mkdir(parents=True, exist_ok=True)
         self.log = where.folder / f"server-{port}.log"
         layout = settings.layout
-        wanted = arguments(settings, model_dir, dtype, where.platform, port, first_gpu(settings, where) + index * layout.tp)
+        wanted = arguments(settings, model_dir, dtype, where.platform, port, settings.gpus_from(where.trainer_gpus) + index * layout.tp)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(interpreter(settings)), str(_LAUNCHER), _KEY, *wanted],
