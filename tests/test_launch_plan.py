@@ -41,8 +41,11 @@ def test_a_stage_waits_for_those_that_it_reads() -> None:
 
 
 def test_the_published_recipe_fills_64_nodes_and_waits_in_order(tmp_path: Path) -> None:
-    recipe = load_recipe(CONFIGS / "deepseek_v3/r1.yaml", inputs=False)
-    found = {task.stage: task for task in tasks(recipe, load_cluster(CONFIGS / "clusters/h100_pyxis.yaml"), tmp_path / "run")}
+    published, cluster = CONFIGS / "deepseek_v3/r1.yaml", load_cluster(CONFIGS / "clusters/h100_pyxis.yaml")
+    with pytest.raises(UserError, match=r"from GPU 8 on do not fit a node of 8 GPUs; .* name their rollout.sglang.addresses"):
+        tasks(load_recipe(published, inputs=False), cluster, tmp_path / "run")
+    recipe = load_recipe(published, ["rollout.sglang.addresses=['http://engines:30000']"], inputs=False)
+    found = {task.stage: task for task in tasks(recipe, cluster, tmp_path / "run")}
     assert (found["zero"].nodes, found["zero"].ranks_per_node) == (64, 8)
     assert found["dev3"].after == ("reasoning",)
     assert found["zero"].arguments == (
