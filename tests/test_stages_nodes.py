@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -39,14 +39,31 @@ def wait_for(found: Callable[[], object], nodes: list[subprocess.Popen[str]]) ->
         time.sleep(0.1)
 
 
+@pytest.fixture
+def started() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Starts the tasks of all three nodes, the first one last."""
+    made: list[subprocess.Popen[str]] = []
+
+    def make(run: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+        made.extend(start(run, node, *overrides) for node in (2, 1, 0))
+        return made
+
+    yield make
+    for node in made:
+        node.kill()
+        node.wait()
+
+
 @pytest.mark.slow
-def test_ranks_and_servers_on_nodes_of_one_job(tmp_path: Path) -> None:
+def test_ranks_and_servers_on_nodes_of_one_job(started: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path) -> None:
     """It completes, though a part of the server is killed on the way; nothing is left, and the key was written nowhere."""
     python, run = tmp_path / "python", tmp_path / "run"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
     python.chmod(0o755)
-    nodes = [start(run, node, f"rollout.sglang.python={python}") for node in (2, 1, 0)]
+    nodes = started(run, f"rollout.sglang.python={python}")
     logs, rows = run / "logs/zero/7-0/engine", run / "stages/01-zero/metrics.jsonl"
+    wait_for(logs.is_dir, nodes)
+    (logs / "behaviour").write_text("slow")  # a second a response, so that some are under way
     wait_for(lambda: rows.exists() and read_metrics(rows), nodes)
     states = [json.loads(path.read_text()) for path in sorted(logs.glob("nodes/*/*.state.json"))]
     assert len(states) == 2

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -116,11 +117,16 @@ class _StageTask:
             # Ranks that save may still draw; Slurm ends this node when the first one is gone.
             signal.signal(sign, lambda number, frame: heard.append(time.monotonic()))
         finished = self._alone.stage in self._directory.finished()
-        with self._keeper() as keeper:
+        keeper: Keeper | None = None
+        with ExitStack() as stack:
             while not finished and nodes.outcome(self._logs) is None:
                 if heard and time.monotonic() > heard[0] + self._alone.grace_s:
                     return 128 + signal.SIGTERM
-                keeper.look()
+                if keeper is None and self._logs.is_dir():
+                    # Nothing may lie in the run directory before the first node has claimed it.
+                    keeper = stack.enter_context(self._keeper())
+                if keeper is not None:
+                    keeper.look()
                 time.sleep(LOOK_S)
         return 0
 
