@@ -19,7 +19,7 @@ class Run(Closed):
 
     platform: Literal["cpu", "cuda"] = Field("cpu", description="what ranks compute on")
     ranks: int = Field(1, ge=1, description="processes that r1mega run starts on this machine")
-    judges: int = Field(1, ge=1, description="processes beside rank 0 that judge responses")
+    judges: int = Field(1, ge=1, description="processes that judge responses, beside every rank")
     threads_per_rank: int = Field(1, ge=1, description="BLAS threads of each process on a CPU")
 
 

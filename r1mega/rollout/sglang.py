@@ -20,7 +20,7 @@ from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline import ranks
 from r1mega.rollout import sglang_routing
-from r1mega.rollout.engine import Differences, Request, Sample, SamplingParams, Scores, Scoring
+from r1mega.rollout.engine import Differences, Drawn, Request, Sample, SamplingParams, Scores, Scoring, ignored
 from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.routing import check_routing
@@ -180,11 +180,17 @@ class SglangEngine:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
         return self.start(requests, sampling)()
 
-    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+    def start(self, requests: Sequence[Request], sampling: SamplingParams, drawn: Drawn = ignored) -> Callable[[], list[Sample]]:
         """Send requests, and wait for their samples later; see `Engine.start`."""
         check_requests(requests, sampling, self._arch.vocab, self._arch.max_positions)
         check_routing(sampling, self._arch.moe is not None)
-        return self._asked([partial(self._drawn, one, sampling) for one in requests])
+
+        def call(place: int, client: Client) -> Sample:
+            sample = self._drawn(requests[place], sampling, client)
+            drawn(place, sample)
+            return sample
+
+        return self._asked([partial(call, place) for place in range(len(requests))])
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""

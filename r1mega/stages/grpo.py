@@ -72,8 +72,6 @@ class GrpoLoop:
         self.ctx, self.stage, self.model, self.policy = ctx, stage, model, policy
         room = model.prompt_room(largest(stage.sampling.max_new_tokens))
         self.questions = {name: _questions(prompts, model, room) for name, prompts in stage.prompts.items()}
-        recorded = ctx.recipe.rollout.routing_replay != "off"
-        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name, recorded)
         suites = stage.evaluation.suites if stage.evaluation else {}
         self.benchmarks = [
             stack.enter_context(Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges)) for name, suite in suites.items()
@@ -83,6 +81,8 @@ class GrpoLoop:
             policy.exchange.load(reader.read)
         rewarding = {name: RewardModel(policy, ctx.reward_model_dir(reward.model)) for name, reward in stage.reward_models.items()}
         self.scorer = stack.enter_context(Scorer(stage, ctx.recipe.run.judges, rewarding, model.tokenizer))
+        recorded = ctx.recipe.rollout.routing_replay != "off"
+        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name, self.scorer.begin, recorded)
         self.reference = policy.host_copy() if largest(stage.objective.kl_coef) > 0 else None
         self.guard = Guard(ctx, stage, policy, self.engine, [one for questions in self.questions.values() for one in questions])
         self.checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
@@ -155,7 +155,7 @@ class GrpoLoop:
         kinds, questions = [group.kind for group in taken], [group.question for group in taken]
         groups = read(questions, [[sample for sample in group.samples if sample] for group in taken], self.model.tokenizer)
         with _timed(seconds, "judge"):
-            judgement = self.scorer.judge(kinds, questions, groups, update)
+            judgement = self.scorer.judge(taken, groups, update)
         self._check_judged(judgement, update)
         off_policy = stage.partial is not None or drawn_by.version != update
         return Rollout(kinds, questions, groups, judgement, seconds, drawn_by if off_policy else None)
