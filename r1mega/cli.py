@@ -378,8 +378,6 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host-memory", type=float, metavar="GB", help="of a node (default: what such nodes usually have)")
     parser.add_argument("--response", type=float, metavar="TOKENS", help="mean length of responses (default: 0.3 of max_new_tokens)")
-    parser.add_argument("--offload", type=float, default=0.0, metavar="SHARE", help="of the optimizer's states on the host (default: 0)")
-    parser.add_argument("--moments", choices=("float32", "bfloat16"), default="float32", help="dtype of Adam's moments (default: float32)")
     parser.add_argument("--engine-tp", type=int, metavar="N", help="GPUs of a server (default: the fewest that leave room for its cache)")
     parser.add_argument("--engine-fp8", action="store_true", help="servers hold block FP8")
     parser.add_argument("--search", action="store_true", help="rank all layouts for a stage's training instead")
@@ -399,8 +397,6 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.json:
         check_writable(options.json, "--json")
-    if not 0 <= options.offload <= 1:
-        raise UserError(f"--offload {options.offload:g}: expected a share from 0 to 1")
     for name in ("gpus", "response", "engine_tp", "host_memory", "top"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: expected more than 0")
@@ -413,8 +409,6 @@ def _plan(options: argparse.Namespace) -> int:
         found,
         recipe.run.ranks,
         response=options.response,
-        offload=options.offload,
-        moment_bytes=2.0 if options.moments == "bfloat16" else 4.0,
         engine_tp=options.engine_tp,
         engine_fp8=options.engine_fp8,
     )

@@ -189,3 +189,11 @@ def test_servers_on_the_trainers_gpus_draw_for_no_trainer_that_trains(recipe_fil
     ahead = [*COLOCATED, "stages.zero.staleness=1", "stages.zero.save_every=0"]
     with pytest.raises(UserError, match=r"'stages.zero.staleness': servers on the trainer's GPUs cannot draw while it trains; use rollout"):
         load_recipe(recipe_file, ahead)
+
+
+def test_states_that_megatron_core_would_keep_otherwise_are_refused(recipe_file: Path) -> None:
+    where = "stages.zero.optimizer"
+    assert "keeps the states of an offloaded optimizer in float32" in refusal(
+        recipe_file, f"{where}={{lr: 1e-6, offload: 1, moments: bfloat16}}"
+    )
+    assert "use distributed: true" in refusal(recipe_file, f"{where}={{lr: 1e-6, moments: bfloat16, distributed: false}}")

@@ -78,7 +78,7 @@ def test_the_worked_example_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["layout.tp=3", "layout.pp=8"], "tp x cp x pp = 24 does not divide the 512 ranks; 768 would do"),
         (["layout.tp=16", "layout.ep=16", "layout.pipeline=Et|t*59|tmL"], "has 3 stages, but pp x vpp = 16 x 1"),
         (["layout.ep=48", "layout.pp=1", "run.ranks=480"], "ep=48 does not divide the model's 256 experts; 32 does"),
-        (["--offload", "2"], "--offload 2: expected a share from 0 to 1"),
+        (["stages.zero.optimizer.offload=2"], "'stages.zero.optimizer.offload': expected less than or equal to 1"),
         (["--gpus", "0"], "--gpus 0: expected more than 0"),
         (["--engine-tp", "48"], "servers of 48 GPUs do not divide 512 GPUs or the model; nearest: 32"),
         (["--search", "--stage", "cold-start"], "does not train"),
@@ -106,7 +106,7 @@ def test_a_bar_is_as_long_as_a_gpu_and_shows_what_stands_out() -> None:
 def test_the_bubble_is_the_one_of_the_paper() -> None:
     assert bubble(8, 1, 64) == 7 / 64
     assert bubble(8, 4, 64) == 7 / 256
-    how = Execution(4096, 4096, grad_overlap=True)
+    how = Execution(4096, 4096, reduce_overlap=True, gather_overlap=True)
     long, short = (step(V3, Layout(pp=8, ep=32), 256, how, count, DEVICES["h100"]) for count in (64, 32))
     assert long.bubble == short.bubble
     assert long.busy.total == pytest.approx(2 * short.busy.total)
