@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _declare_overrides(parser: argparse.ArgumentParser) -> None:
+    what = "change a key of the recipe, such as stages.zero.updates=100, or those of a YAML file laid over it"
+    parser.add_argument("overrides", nargs="*", metavar="OVERLAY.yaml | key=value", help=what)
+
+
 def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run (default: runs/<recipe name>)")
@@ -43,7 +48,7 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=60.0, metavar="S", help="with --stage: seconds that it has for saving after a signal (default: 60)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as stages.zero.updates=100")
+    _declare_overrides(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -66,7 +71,7 @@ def _declare_submit(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run, which all nodes see (default: as r1mega run)"
     )
     parser.add_argument("--dry-run", action="store_true", help="write the scripts to RUN_DIR/scripts and submit nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    _declare_overrides(parser)
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -105,7 +110,7 @@ def _logs(options: argparse.Namespace) -> int:
 def _declare_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="whether this recipe can run here")
     parser.add_argument("--quick", action="store_true", help="do not start the two ranks that time their link")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    _declare_overrides(parser)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -119,7 +124,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    _declare_overrides(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="resolve every stage without the recipe's weights and data, and list what is not here"
     )
@@ -384,7 +389,7 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="NAME", help="the stage that --search is for (default: the first that trains)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same there")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as layout.tp=8")
+    _declare_overrides(parser)
 
 
 def _plan(options: argparse.Namespace) -> int:
