@@ -17,7 +17,7 @@ from r1mega.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 input that cannot be used, 1 anything else.
 
-    `audit` returns 1 when it found something wrong.
+    `audit` returns 1 when it found something wrong, `plan` when something does not fit.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="r1mega", description="Reasoning models by reinforcement learning, on Megatron-Core.")
@@ -433,7 +433,7 @@ def _plan(options: argparse.Namespace) -> int:
             "stages": [stage.record() for stage in stages],
         }
         write_json(options.json, record)
-    return 0
+    return 1 if any(stage.problems for stage in stages) else 0
 
 
 def _declare_explain(parser: argparse.ArgumentParser) -> None:

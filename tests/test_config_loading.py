@@ -241,3 +241,19 @@ def test_an_overlay_that_is_wrong_is_named(recipe_file: Path, tmp_path: Path) ->
         assert str(overlay) in refusal(recipe_file, str(overlay)) and said in refusal(recipe_file, str(overlay))
     assert "absent.yaml: cannot be read" in refusal(recipe_file, str(tmp_path / "absent.yaml"))
     assert "expected key.path=value, such as stages.zero.updates=100, or a YAML file of keys" in refusal(recipe_file, "small")
+
+
+def test_a_star_stands_for_every_stage_that_has_the_part(recipe_file: Path, tmp_path: Path) -> None:
+    text = (
+        recipe_file.read_text()
+        + "  last: {kind: evaluate, models: {zero: zero}, suites: {aime_2024: {suite: aime_2024, data: aime.jsonl}}}\n"
+    )
+    recipe_file.write_text(text + "  again: {kind: grpo, model: zero, updates: 1, prompts: {}, rewards: {}, optimizer: {lr: 1e-6}}\n")
+    assert "'stages.again.prompts'" in refusal(recipe_file)
+    recipe_file.write_text(text)
+    (tmp_path / "aime.jsonl").write_text("")
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text('stages: {"*": {optimizer: {beta1: 0.8, lr: 1e-5}}}')
+    zero = load_recipe(recipe_file, [str(overlay), "stages.zero.optimizer.lr=2e-5"]).stages["zero"]
+    assert zero.kind == "grpo" and (zero.optimizer.beta1, zero.optimizer.lr) == (0.8, 2e-5)
+    assert "no stage of this recipe has 'optimiser'" in refusal(recipe_file, "stages.*.optimiser.lr=1")

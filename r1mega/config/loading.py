@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), inputs: bool = 
     """Read a recipe, apply overrides, make its paths absolute and check it.
 
     An override is `key.path=value` (values are YAML) or the path of an overlay, a YAML file with keys of a recipe: mappings are merged
-    into the recipe's, everything else takes the place of what is there. They are applied in order.
+    into the recipe's, everything else takes the place of what is there. `stages.*.optimizer.offload` is that key of every stage with an
+    `optimizer`. They are applied in order.
 
     Without `inputs`, its files and folders need not be on this machine. With `only`, the name of a stage, that one alone must suit
     `run.ranks`: the others run elsewhere.
@@ -112,6 +113,7 @@ def dump_resolved(recipe: Recipe) -> str:
 
 def _load(cls: type[C], path: Path, overrides: list[Override]) -> C:
     data = _read(path)
+    overrides = [one for override in overrides for one in _each_stage(data, override)]
     for override in overrides:
         _apply(data, override)
     if cls is Recipe:
@@ -168,6 +170,18 @@ def _leaves(data: dict[Any, Any], path: str, text: str, folder: Path) -> Iterato
             yield from _leaves(value, f"{path}{key}.", text, folder)
         else:
             yield Override(f"{path}{key}", value, text, folder)
+
+
+def _each_stage(data: dict[Any, Any], override: Override) -> list[Override]:
+    """`stages.*.part.key` stands for that key of every stage that has such a part."""
+    if not override.path.startswith("stages.*."):
+        return [override]
+    below = override.path.removeprefix("stages.*.")
+    part, stages = below.partition(".")[0], data.get("stages")
+    found = [name for name, stage in stages.items() if isinstance(stage, dict) and part in stage] if isinstance(stages, dict) else []
+    if not found:
+        raise UserError(f"override {override.text!r}: no stage of this recipe has {part!r}")
+    return [replace(override, path=f"stages.{name}.{below}") for name in found]
 
 
 def _folder(path: str, overrides: Sequence[Override], folder: Path) -> Path:

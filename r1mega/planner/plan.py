@@ -336,6 +336,11 @@ class _Planner:
     # ------------------------------------------------------------ the engine and the host
 
     def _engine(self) -> Engine:
+        """What draws, as far as SGLang's servers go; the embedded engine, of which there is one a rank, is planned as servers too."""
+        rollout = self.recipe.rollout
+        return replace(self._servers(), running=rollout.sglang.max_running_requests if rollout.engine == "sglang" else rollout.batch)
+
+    def _servers(self) -> Engine:
         """As `--engine-tp` says, or the recipe's servers; where neither says anything, the smallest that leave room for a cache."""
         settings, sglang = self.settings, self.recipe.rollout.sglang
         tp, fp8 = settings.engine_tp, settings.engine_fp8 or sglang.block_fp8
