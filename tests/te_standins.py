@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class _Module(nn.Module):
     """What all modules of Transformer Engine have: an extra state, empty where nothing is FP8."""
 
-    fp8 = fp8_calibration = False
+    fp8 = fp8_calibration = save_original_input = False
     fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
 
     def get_extra_state(self) -> Tensor:

@@ -93,7 +93,8 @@ def release_cached() -> None:
 def config_overrides(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
     """TransformerConfig fields that this platform decides."""
     check(train)
-    fields: dict[str, Any] = {"gradient_accumulation_fusion": True, **_FP8[train.fp8]}
+    # Of a dense model too: with Megatron-Core's default it refuses sequences of varying length, which pipelines have.
+    fields: dict[str, Any] = {"gradient_accumulation_fusion": True, "moe_token_dispatcher_type": "alltoall", **_FP8[train.fp8]}
     if arch.moe is None:
         return fields
     # With all experts on every rank there is nothing to send, and Megatron-Core's flexible dispatcher refuses to.
