@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_recipes import CONFIGS, OVERLAYS, PLANNED
+from test_recipes import CONFIGS, PLANNED
 
 pytest.importorskip("megatron.core")
+from r1mega.megatron.limits import MEGATRON_VERSION
+
 pytestmark = pytest.mark.lane
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +22,10 @@ VARIANTS = [  # what no shipped recipe says
     ["stages.zero.train.overlap=true", "stages.zero.train.dispatcher=alltoall"],
     ["stages.zero.optimizer={lr: 1e-6, moments: bfloat16, main_params: float16, main_grads: bfloat16}"],
 ]
-CASES = [*(list(map(str, paths)) for paths in PLANNED), *([str(ZERO), str(OVERLAYS[0]), *changes] for changes in VARIANTS)]
+CASES = [
+    *(list(map(str, paths)) for paths in PLANNED),
+    *([str(ZERO), str(CONFIGS / "deepseek_v3/overlays/h100_128.yaml"), *changes] for changes in VARIANTS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,10 @@ def found() -> list[dict]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: " ".join(Path(part).name for part in CASES[index]))
 def test_megatron_core_takes_it(found: list[dict], index: int) -> None:
+    if MEGATRON_VERSION >= (0, 19) and "moonlight_16b" in CASES[index][0]:
+        pytest.xfail(
+            "megatron-core 0.19 builds a norm's weight into linear_q_proj of latent attention without q_lora_rank; no table has it"
+        )
     assert found[index]["errors"] == []
 
 
