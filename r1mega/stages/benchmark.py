@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from r1mega import heartbeat
 from r1mega.config.base import at
 from r1mega.config.evaluation import Suite
 from r1mega.config.rollout import Reward
@@ -71,7 +72,8 @@ class Benchmark:
         params = SamplingParams(at(sampling.temperature, 0), at(sampling.top_p, 0), self.model.stop_token_ids)
         cap = int(at(sampling.max_new_tokens, 0))
         groups = ask(engine, self.questions, self.suite.k, params, cap, f"{self.seed}/{self.name}", self.model.tokenizer)
-        return ranks.shared(lambda: self._judged(groups, samples))
+        with heartbeat.phase("evaluate"):
+            return ranks.shared(lambda: self._judged(groups, samples))
 
     def _functions(self) -> dict[str, str]:
         """What every response is judged by."""
