@@ -27,6 +27,8 @@ from r1mega.pipeline import files
 HUNG = 75
 """Exit code of a run that was ended because it hung: EX_TEMPFAIL of sysexits.h, for which another attempt is worth it."""
 
+_START_S = 600.0
+"""In which torchrun has met its like on other nodes, or given up, and started ranks."""
 _ANSWER_S = 5.0
 """In which a process that runs at all has written its stacks."""
 _MEET_S = 30.0
@@ -121,6 +123,11 @@ class Watch:
         """Whether this is the first node, which speaks for all."""
         return self._node == 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether ranks have begun since the last hang."""
+        return any(beat.pid not in self._over for beat in self._all().values())
+
     def look(self) -> Verdict | None:
         """Look at the ranks now and then; at a hang, collect and end them. None while all is well."""
         if time.monotonic() < self._next:
@@ -164,7 +171,7 @@ class Watch:
     def _late(self, beats: dict[int, Beat]) -> bool:
         """Whether ranks have not begun in the time that they have for it."""
         begun = sum(beat.pid not in self._over for beat in self._all().values())
-        return begun < self._ranks and time.monotonic() - self._begin > self._deadlines.setup
+        return begun < self._ranks and time.monotonic() - self._begin > self._deadlines.setup + _START_S
 
     # -------------------------------------------------------- collecting
 
@@ -205,7 +212,7 @@ class Watch:
         silent = [str(node) for node in range(self._nodes) if str(node) not in said]
         if not ranks:
             begun = f"{len(self._all())} of {self._ranks} ranks of node {self._node}"
-            verdict = Verdict(-1, f"hang: after {self._deadlines.setup:g} s (run.deadlines.setup) only {begun} have begun")
+            verdict = Verdict(-1, f"hang: in {self._deadlines.setup:g} s (run.deadlines.setup) only {begun} have begun")
         else:
             verdict = blame(ranks)
         more = f"; nothing is heard of node {', '.join(silent)}" if silent else ""

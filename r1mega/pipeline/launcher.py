@@ -20,6 +20,8 @@ from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
 from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
+_RESTART_S = 600.0
+"""In which torchrun has met the other nodes again, and the new ranks have imported what they begin with."""
 WORKER = "r1mega.pipeline.worker"
 """What torchrun starts on every rank."""
 
@@ -170,10 +172,12 @@ class Ranks:
         verdict = self._watch.look()
         if verdict is None:
             return
-        code = self._ended(_GRACE_S)
-        if code is None and self._restarts:
-            self._restarts -= 1
-            print(f"{verdict.line}; its ranks are started again", file=sys.stderr, flush=True)
+        end = time.monotonic() + (_RESTART_S if self._restarts else _GRACE_S)
+        while (code := self._ended(0.5)) is None and not self._watch.begun and time.monotonic() < end:
+            pass
+        if self._watch.begun:
+            if self._watch.leads:
+                print(f"{verdict.line}; its ranks are started again", file=sys.stderr, flush=True)
             return
         self.hung = verdict
         if code is None:
