@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import ROUTED, ROUTING, PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
@@ -221,7 +222,8 @@ class Policy:
         # Megatron-Core updates the router biases with the gradients, before anyone has looked at these.
         biases = {key: weight.clone() for key, weight in self.weights.items() if not weight.requires_grad}
         try:
-            return self._descend(batches, lose, lr)
+            with heartbeat.phase("train"):
+                return self._descend(batches, lose, lr)
         except NotFinite:
             for key, bias in biases.items():
                 self.weights[key].copy_(bias)

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS]`, started by torchrun.
+"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS NODE]`, started by torchrun.
 
 Runs all stages in turn, or the one that is named, with its logs in a folder of their own.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 
-from r1mega import env
+from r1mega import env, heartbeat
 from r1mega.errors import UserError
 from r1mega.pipeline import artifacts, files
 from r1mega.pipeline.context import StageContext, StageFunction, Stopped
@@ -29,6 +29,10 @@ from r1mega.rollout.pool import Engines
 
 if TYPE_CHECKING:
     from r1mega.rollout.engine import Engine
+
+
+_LATER_S = 600.0
+"""By so much a collective's patience is longer than any phase's deadline: it would say that it waits, but not for whom."""
 
 
 def stage_function(kind: str) -> StageFunction:
@@ -44,7 +48,8 @@ def started(run: RunDirectory) -> Iterator[Callable[[], Any]]:
 
     from r1mega.megatron import platform
 
-    platform.start(run.recipe.run.platform, run.recipe.run.threads_per_rank)
+    settings = run.recipe.run
+    platform.start(settings.platform, settings.threads_per_rank, settings.deadlines.longest + _LATER_S)
     yield dist.barrier
     # Not after an error: leaving the process group in order would wait for ranks that wait for this one.
     platform.stop()
@@ -63,6 +68,7 @@ def main(
     path, ranks = Path(arguments[0]), env.ranks()
     only, logs = (arguments[1], Path(arguments[2])) if arguments[1:] else (None, path / "logs")
     logs.mkdir(parents=True, exist_ok=True)
+    heartbeat.start(logs / "beats" / (arguments[3] if arguments[3:] else "0") / str(ranks.rank), logs / f"rank{ranks.rank}.stacks")
     terminal = _redirect(logs / f"rank{ranks.rank}.log")
     try:
         run = RunDirectory.open(path)
@@ -84,6 +90,7 @@ def main(
         sys.stderr.flush()
         # No orderly exit: threads and process groups would wait for ranks that wait for this one.
         os._exit(1)
+    heartbeat.end()
     return 0
 
 

@@ -58,12 +58,19 @@ class _Call:
         self.answer = Future[list[dict[str, Verdict]]]()
         self.cases: list[_Case] = [(self, index, name) for index, names in enumerate(wanted) for name in names]
         self._verdicts: dict[tuple[int, str], Verdict] = {}
+        self._again: set[tuple[int, str]] = set()
         self._settle()
 
     def take(self, index: int, name: str, verdict: Verdict) -> None:
         """Keep a verdict; with the last one the caller is answered."""
         self._verdicts[index, name] = verdict
         self._settle()
+
+    def once_more(self, index: int, name: str) -> bool:
+        """Whether a case may be judged again whose process ended: the machine, short of memory, may have picked that one."""
+        first = (index, name) not in self._again
+        self._again.add((index, name))
+        return first
 
     def _settle(self) -> None:
         if len(self._verdicts) == len(self.cases):
@@ -113,7 +120,7 @@ class Judge:
     def judge(self, items: Sequence[Item], wanted: Sequence[Collection[str]] | None = None) -> list[dict[str, Verdict]]:
         """One verdict per reward for each (prompt, response), in order; of each item only the rewards that `wanted` names, if given.
 
-        A reward that exceeds its deadline or ends its process is not judged; whatever shared its batch is judged again elsewhere.
+        A reward that exceeds its deadline, or ends its process twice, is not judged; whatever shared its batch is judged again elsewhere.
         """
         return self.ask(items, wanted).result()
 
@@ -202,7 +209,11 @@ class Judge:
             call.take(index, name, verdict)
             self._watch(worker)
         if worker.ended:
-            self._give_up(worker, f"its process ended with {worker.exit_code()}")
+            if worker.sent and worker.sent[0][0].once_more(*worker.sent[0][1:]):
+                self._waiting.append(worker.sent.popleft())
+                self._replace(worker)
+            else:
+                self._give_up(worker, f"its process ended with {worker.exit_code()}")
 
     def _watch(self, worker: "_Worker") -> None:
         """Start the clock of the case that the worker is now at."""
@@ -214,6 +225,10 @@ class Judge:
         if worker.sent:
             call, index, name = worker.sent.popleft()
             call.take(index, name, Verdict(None, reason))
+        self._replace(worker)
+
+    def _replace(self, worker: "_Worker") -> None:
+        """Another process in place of this one, whose cases go back."""
         self._waiting.extendleft(reversed(worker.sent))
         self._selector.unregister(worker.pipe)
         worker.kill()

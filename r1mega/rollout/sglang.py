@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from r1mega import heartbeat
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline import ranks
@@ -211,8 +212,8 @@ class SglangEngine:
         found: dict[int, T] = {}
         places = list(range(len(calls)))
         for _ in range(self._sglang.retries + 1):
-            while not ranks.every(not wait(pending, timeout=_MEET_S).not_done):
-                pass
+            while left := sum(ranks.gathered(len(wait(pending, timeout=_MEET_S).not_done))):
+                heartbeat.waiting(left, f"{left} answers, {self._pool.oldest()}")
             error = None
             for place, future in zip(places, pending, strict=True):
                 try:
@@ -342,6 +343,8 @@ class _Pool:
     def __init__(self, clients: Sequence[Client], concurrency: int, retries: int) -> None:
         self.clients, self._retries = list(clients), retries
         self._load = [0] * len(self.clients)
+        self._asked: dict[int, tuple[float, int]] = {}
+        """When this thread's call began, and at which server."""
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sglang")
 
@@ -352,6 +355,12 @@ class _Pool:
     def close(self) -> None:
         """Make no more calls."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def oldest(self) -> str:
+        """Which server has kept this rank waiting longest, in words."""
+        with self._lock:
+            asked = min(self._asked.values(), default=None)
+        return f"the oldest of {self.clients[asked[1]].address}" if asked else "all of them another rank's"
 
     def _attempts(self, call: Callable[[Client], T]) -> T:
         failed: list[int] = []
@@ -366,6 +375,7 @@ class _Pool:
             finally:
                 with self._lock:
                     self._load[place] -= 1
+                    del self._asked[get_ident()]
             time.sleep(_PAUSE_S * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -374,6 +384,7 @@ class _Pool:
         with self._lock:
             place = min(range(len(self.clients)), key=lambda place: (failed.count(place), self._load[place]))
             self._load[place] += 1
+            self._asked[get_ident()] = (time.monotonic(), place)
             return place
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from r1mega import heartbeat
 from r1mega.config.base import at
 from r1mega.config.evaluation import Suite
 from r1mega.config.rollout import Reward
@@ -69,8 +70,9 @@ class Benchmark:
         answered = [(question.prompt, response) for question, group in zip(self.questions, groups, strict=True) for response in group]
         names = list(self._functions())
         mine = [(prompt, response.text) for prompt, response in ranks.dealt(answered)]
-        verdicts = ranks.collected(self._judge.judge(mine, [names] * len(mine)))
-        return ranks.shared(lambda: self._judged(answered, verdicts, samples))
+        with heartbeat.phase("evaluate"):
+            verdicts = ranks.collected(self._judge.judge(mine, [names] * len(mine)))
+            return ranks.shared(lambda: self._judged(answered, verdicts, samples))
 
     def _functions(self) -> dict[str, str]:
         """What every response is judged by."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.config.base import at, largest
 from r1mega.config.stages import Grpo, PromptShare
 from r1mega.data.sources import load_prompts
@@ -328,7 +329,8 @@ def _headline(row: dict[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], name: heartbeat.Phase) -> Iterator[None]:
     begin = time.perf_counter()
-    yield
+    with heartbeat.phase(name):
+        yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin

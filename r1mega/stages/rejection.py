@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from r1mega import heartbeat
 from r1mega.config.base import largest
 from r1mega.config.rollout import Reward, Sampling
 from r1mega.config.stages import Rejection
@@ -158,7 +159,8 @@ class _Sampler:
         groups = self.teacher.answer(questions, self.stage.k, seed)
         samples = [(question.prompt, answer) for question, group in zip(questions, groups, strict=True) for answer in group]
         self._check_share("were not answered", [answer.error for _, answer in samples if answer.finish == "failed"], len(samples), index)
-        opinions = ranks.collected(self._judged(ranks.dealt(samples)))
+        with heartbeat.phase("judge"):
+            opinions = ranks.collected(self._judged(ranks.dealt(samples)))
         if self.referee is not None:
             opinions = self._refereed(self.referee, samples, opinions, f"{seed}/judge")
         unknown = [
