@@ -48,6 +48,10 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=60.0, metavar="S", help="with --stage: seconds that it has for saving after a signal (default: 60)"
     )
+    parser.add_argument(
+        "--engine-nodes", type=int, default=0, metavar="N", help="with --stage: the step's last nodes, for servers alone (default: 0)"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="with --stage: for ranks and servers (default: enough)")
     _declare_overrides(parser)
 
 
@@ -59,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
 
         if options.fresh:
             raise UserError("--fresh deletes a whole run; leave it out with --stage")
-        alone = stage_task.Alone(options.stage, options.restarts, options.grace)
+        alone = stage_task.Alone(options.stage, options.restarts, options.grace, options.engine_nodes, options.gpus_per_node)
         return stage_task.run_stage(options.recipe, options.overrides, options.output, alone)
     return launcher.run(options.recipe, options.overrides, options.output, options.fresh)
 

@@ -94,20 +94,20 @@ _OF_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_", "GROUP
 """How variables begin that tell torch of this run's ranks, and Python of the trainer's modules."""
 
 
-def for_servers(threads: int, tp: int, platform: str, more: Mapping[str, str]) -> dict[str, str]:
+def for_servers(threads: int, bound: int, platform: str, more: Mapping[str, str]) -> dict[str, str]:
     """The environment of an engine's server, which has its own interpreter and its own ranks.
 
     Args:
         threads: BLAS threads of a server's process on a CPU.
-        tp: ranks of the server.
+        bound: on a CPU, ranks that are each given a core of this machine; 0: they may have all.
         more: further variables.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_RANKS)}
     env |= {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": env.get("HF_HUB_OFFLINE", "1"), "TOKENIZERS_PARALLELISM": "false"}
     if platform == "cpu":
         env |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
-        if tp > 1:
+        if bound:
             # SGLang refuses more ranks than NUMA nodes unless each is given its cores.
             cores = sorted(os.sched_getaffinity(0))
-            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(bound))
     return env | dict(more)

@@ -1,6 +1,8 @@
 """A real SGLang server for tests, and what its answers are compared with."""
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +50,29 @@ def served(model: Path, folder: Path, dtype: str = "float32", tp: int = 1) -> It
         yield server
     finally:
         server.stop()
+
+
+KEEPER = """
+import sys, time
+from pathlib import Path
+from r1mega.rollout.sglang_keeper import LOOK_S, Keeper
+with Keeper(Path(sys.argv[1]), int(sys.argv[2])) as keeper:
+    while True:
+        keeper.look()
+        time.sleep(LOOK_S)
+"""
+
+
+@contextmanager
+def keepers(folder: Path, nodes: Sequence[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """What the tasks of these nodes do for servers, all on this machine."""
+    found = [subprocess.Popen([sys.executable, "-c", KEEPER, str(folder), str(node)]) for node in nodes]
+    try:
+        yield found
+    finally:
+        for keeper in found:
+            keeper.kill()
+            keeper.wait()
 
 
 def settings(server: Started, **changes: object) -> Rollout:

@@ -1,11 +1,13 @@
 """A stand-in for an SGLang server where only its behaviour matters: it starts at once, and does what the file `behaviour` beside it says.
 
 ok: tokens that are a function of prompt length and seed; slow: the same, a while later; memory: dies of too little of it; stale: says that
-older weights drew. Like SGLang it dies when it is put to sleep or woken at the wrong time. Started with the arguments of `sglang_serve`.
+older weights drew; broken: its second part dies as it starts. Like SGLang it dies when it is put to sleep or woken at the wrong time, and
+hears nobody once a part of it on another node is gone. Started with the arguments of `sglang_serve`.
 """
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -13,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-state: dict[str, Any] = {"version": "default", "released": set(), "paused": False, "running": 0}
+state: dict[str, Any] = {"version": "default", "released": set(), "paused": False, "running": 0, "lost": False}
 
 
 def die(reason: str) -> None:
@@ -44,9 +46,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.hang()
         self.answer({"model_path": "standin"})
 
+    def hang(self) -> None:
+        """As a collective of which a rank is gone."""
+        if state["lost"]:
+            time.sleep(600)
+
     def do_POST(self) -> None:
+        self.hang()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         path = self.path.partition("?")[0]
         with Path("calls").open("a") as calls:
@@ -55,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/generate":
             state["running"] += 1
             found = generate(body)
+            self.hang()
             state["running"] -= 1
         elif path == "/update_weight_version":
             state["version"] = body["new_version"]
@@ -79,6 +89,40 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
+def told(flag: str, default: str) -> str:
+    return sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else default
+
+
+def follow(host: str, port: int) -> None:
+    """A part that is not the first: there, and no more."""
+    if Path("behaviour").read_text() == "broken":
+        die("RuntimeError: no GPU 3 on this node")
+    while True:
+        with socket.create_connection((host, port), timeout=30) as first:
+            first.settimeout(None)
+            first.recv(1)
+        time.sleep(600)  # as one that waits in a collective
+
+
+def gather(host: str, port: int, parts: int) -> None:
+    """The first part: wait for all others."""
+    with socket.create_server((host, port)) as meeting:
+        for _ in range(parts - 1):
+            other, _ = meeting.accept()
+            threading.Thread(target=watch, args=(other,), daemon=True).start()
+
+
+def watch(other: socket.socket) -> None:
+    other.recv(1)
+    state["lost"] = True
+
+
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
+    assert ("R1MEGA_ENGINE_KEY" in os.environ) == (told("--node-rank", "0") == "0"), "the key is for the part that serves"
+    where, _, number = told("--dist-init-addr", ":0").rpartition(":")
+    if told("--node-rank", "0") != "0":
+        follow(where, int(number))
+    if where:
+        gather(where, int(number), int(told("--nnodes", "1")))
+    server = ThreadingHTTPServer((told("--host", ""), int(told("--port", ""))), Handler)
     threading.Thread(target=server.serve_forever).start()

@@ -18,11 +18,12 @@ def submit(recipe: str, cluster: str, output: str = "", dry_run: bool = False) -
     _exits(lambda: print(*queue(Path(recipe), Path(cluster), [], Path(output) if output else None, dry_run), sep="\n"))
 
 
-def stage(recipe: str, stage: str, output: str, ranks: int = 1) -> None:
-    """Run one stage of a recipe, as r1mega run --stage does: one task a node, `ranks` on all of them."""
+def stage(recipe: str, stage: str, output: str, ranks: int = 1, engine_nodes: int = 0, gpus_per_node: int = 0) -> None:
+    """Run one stage of a recipe, as r1mega run --stage does: one task a node, `ranks` on all but the last `engine_nodes`."""
     from r1mega.pipeline.stage_task import Alone, run_stage
 
-    _exits(lambda: run_stage(Path(recipe), [f"run.ranks={ranks}"], Path(output), Alone(stage)))
+    alone = Alone(stage, engine_nodes=engine_nodes, gpus_per_node=gpus_per_node)
+    _exits(lambda: run_stage(Path(recipe), [f"run.ranks={ranks}"], Path(output), alone))
 
 
 def _exits(call: Callable[[], int | None]) -> None:

@@ -129,14 +129,14 @@ def _python_path(environment: Mapping[str, str], folders: Sequence[Path]) -> str
 
 
 def _slurm(executor: Slurm, task: StageTask) -> dict[str, Any]:
-    """Arguments of `SlurmExecutor`: one task a node, in which `r1mega run --stage` starts the ranks."""
+    """Arguments of `SlurmExecutor`: one task a node, in which `r1mega run --stage` starts ranks or, on the last ones, servers alone."""
     found: dict[str, Any] = {
         "account": executor.account,
         "partition": executor.partition,
         "qos": executor.qos,
         "constraint": executor.constraint,
         "time": task.time,
-        "nodes": task.nodes,
+        "nodes": task.nodes + task.engine_nodes,
         "ntasks_per_node": 1,
         "exclusive": executor.exclusive or None,
         "retries": executor.retries,

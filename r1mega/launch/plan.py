@@ -11,6 +11,7 @@ from r1mega.config.schema import Recipe
 from r1mega.config.stages import Distill, Evaluate, Grpo, Rejection
 from r1mega.errors import UserError
 from r1mega.pipeline.preflight import check_layouts
+from r1mega.rollout.sglang_places import Allocation, own_nodes, places, rooms
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,12 @@ class StageTask:
 
     stage: str
     nodes: int
+    """With ranks."""
     ranks_per_node: int
+    engine_nodes: int
+    """That the engine's servers have to themselves."""
     gpus_per_node: int
-    """One a rank, and on the first node those of the servers that the stage starts beside them."""
+    """For ranks and servers, on the fullest node."""
     time: str
     """Slurm's `[days-]hours:minutes:seconds`, of one attempt."""
     after: tuple[str, ...]
@@ -48,13 +52,15 @@ def tasks(recipe: Recipe, cluster: Cluster, run_dir: Path, skip: Mapping[str, ob
         if name in skip:
             continue
         nodes, ranks_per_node, time = _given(recipe, cluster, name)
-        gpus = _gpus(recipe, cluster, name, ranks_per_node)
+        engines, gpus = _servers(recipe, cluster, name, nodes, ranks_per_node)
         arguments = ["run", str(run_dir / "resolved.yaml"), f"run.ranks={nodes * ranks_per_node}", "--stage", name, "-o", str(run_dir)]
         arguments += ["--restarts", str(cluster.restarts)]
         if isinstance(cluster.executor, Slurm):
             arguments += ["--grace", str(cluster.executor.grace_s)]
+        if recipe.rollout.engine == "sglang":
+            arguments += ["--engine-nodes", str(engines), "--gpus-per-node", str(gpus)]
         after = tuple(need for need in needs if need not in skip)
-        found.append(StageTask(name, nodes, ranks_per_node, gpus, time, after, tuple(arguments), run_dir / "logs" / name))
+        found.append(StageTask(name, nodes, ranks_per_node, engines, gpus, time, after, tuple(arguments), run_dir / "logs" / name))
     return found
 
 
@@ -77,29 +83,33 @@ def _given(recipe: Recipe, cluster: Cluster, name: str) -> tuple[int, int, str]:
             f"{cluster.name}: stage {name!r} needs {nodes} nodes of {per_node} ranks; executor {cluster.executor.kind!r} has one: "
             f"set run.ranks={per_node} or less, or use a cluster file of kind slurm"
         )
-    if cluster.max_nodes is not None and nodes > cluster.max_nodes:
-        raise UserError(
-            f"{cluster.name}: stage {name!r} needs {nodes} nodes ({nodes * per_node} ranks, {per_node} a node), more than "
-            f"max_nodes={cluster.max_nodes}; choose a smaller layout and run.ranks, or another cluster"
-        )
     _check_fit(recipe, name, nodes * per_node)
     return nodes, per_node, own.time or cluster.time
 
 
-def _gpus(recipe: Recipe, cluster: Cluster, name: str, ranks_per_node: int) -> int:
-    """GPUs that a stage's fullest node needs: rank 0 starts its SGLang servers on its own, after the trainer's or beside it."""
+def _servers(recipe: Recipe, cluster: Cluster, name: str, nodes: int, per_node: int) -> tuple[int, int]:
+    """Nodes that a stage's servers have to themselves, and GPUs that its fullest node needs."""
     servers, generates = recipe.rollout.sglang, isinstance(recipe.stages[name], Grpo | Rejection | Distill | Evaluate)
-    if recipe.rollout.engine != "sglang" or servers.addresses or not generates:
-        return ranks_per_node
-    first = servers.gpus_from(ranks_per_node)
-    needed = max(ranks_per_node, first + servers.layout.ranks)
-    if needed > cluster.gpus_per_node:
+    engines, gpus = 0, per_node
+    if recipe.rollout.engine == "sglang" and not servers.addresses and generates:
+        try:
+            engines = own_nodes(servers, nodes, per_node, cluster.gpus_per_node)
+        except UserError as error:
+            raise UserError(f"{cluster.name}: stage {name!r}: {error}") from None
+        found = places(servers.layout, rooms(servers, Allocation(0, nodes, engines, cluster.gpus_per_node), per_node))
+        gpus = max(per_node, *(piece.first + piece.count for pieces in found for piece in pieces))
+    if engines and not isinstance(cluster.executor, Slurm):
         raise UserError(
-            f"{cluster.name}: stage {name!r}: {servers.layout.servers} servers of {servers.layout.tp} GPUs from GPU {first} on "
-            f"do not fit a node of {cluster.gpus_per_node} GPUs; make rollout.sglang.layout smaller, or start them elsewhere and name "
-            "their rollout.sglang.addresses"
+            f"{cluster.name}: stage {name!r}: its servers need {engines} nodes of their own; executor {cluster.executor.kind!r} has one: "
+            "make rollout.sglang.layout smaller, or use a cluster file of kind slurm"
         )
-    return needed
+    if cluster.max_nodes is not None and nodes + engines > cluster.max_nodes:
+        of = f" and {engines} for its servers" if engines else ""
+        raise UserError(
+            f"{cluster.name}: stage {name!r} needs {nodes} nodes ({nodes * per_node} ranks, {per_node} a node){of}, more than "
+            f"max_nodes={cluster.max_nodes}; choose a smaller layout and run.ranks, or another cluster"
+        )
+    return engines, gpus
 
 
 def _check_fit(recipe: Recipe, name: str, ranks: int) -> None:

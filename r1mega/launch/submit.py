@@ -107,7 +107,8 @@ def _write_scripts(path: Path, scripts: dict[str, str], found: Sequence[StageTas
 def _line(task: StageTask) -> str:
     after = f", after {', '.join(task.after)}" if task.after else ""
     plural = "" if task.nodes == 1 else "s"
-    return f"{task.stage}: {task.nodes} node{plural} x {task.ranks_per_node} ranks, {task.time}{after}"
+    servers = f", {task.engine_nodes} more for servers" if task.engine_nodes else ""
+    return f"{task.stage}: {task.nodes} node{plural} x {task.ranks_per_node} ranks{servers}, {task.time}{after}"
 
 
 def _told(directory: RunDirectory, recipe: Recipe, cluster: Cluster, found: Sequence[StageTask], made: nemo.Submitted) -> list[str]:

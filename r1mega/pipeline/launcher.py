@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from r1mega.process import die_with_parent
 _GRACE_S = 20.0
 _RESTART_S = 600.0
 """In which torchrun has met the other nodes again, and the new ranks have imported what they begin with."""
+_TURN_S = 0.5
 WORKER = "r1mega.pipeline.worker"
 """What torchrun starts on every rank."""
 
@@ -134,15 +135,16 @@ class Ranks:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
         die_with_parent(signal.SIGKILL if signal.SIGTERM in ignored else signal.SIGTERM)
 
-    def wait(self) -> int:
-        """Wait for the ranks to end; returns the run's exit code."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """Wait for the ranks to end, with a look at something else twice a second; returns the run's exit code."""
         heard = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} | (self._saving.signals if self._saving else set())
         handlers = {sign: signal.signal(sign, self._forward) for sign in heard}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
             code = None
             while code is None and self._received is None and self.hung is None:
-                code = self._ended(0.5)
+                meanwhile()
+                code = self._ended(_TURN_S)
                 if code is None:
                     self._look()
             if self.hung is not None:
@@ -155,7 +157,10 @@ class Ranks:
                 grace_s = self._saving.grace_s
             else:
                 grace_s = _GRACE_S
-            if self._ended(grace_s) is None:
+            deadline = time.monotonic() + grace_s
+            while self._ended(_TURN_S) is None and time.monotonic() < deadline:
+                meanwhile()
+            if self._ended(0) is None:
                 # Ranks die with torchrun: each asked for SIGKILL at its parent's death.
                 self._process.kill()
                 self._process.wait()

@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,8 @@ from r1mega.pipeline.hangs import HUNG, Watch
 from r1mega.pipeline.launcher import WORKER, Ranks, Saving, explain_failure, first_refusal
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, joined
+from r1mega.rollout.sglang_keeper import ENGINE, LOOK_S, Keeper
+from r1mega.rollout.sglang_places import Allocation
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Alone:
     """How often torchrun starts the ranks anew when one of them dies."""
     grace_s: float = 60.0
     """Seconds from the signal until ranks that have not saved by then are ended."""
+    engine_nodes: int = 0
+    """The last ones of the job's nodes, which have no ranks, but parts of the engine's servers."""
+    gpus_per_node: int = 0
+    """For ranks and servers; 0: as many as they want."""
 
 
 def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None, alone: Alone, worker: str = WORKER) -> int:
@@ -45,8 +51,13 @@ def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None,
     task = env.slurm_task() or nodes.ALONE
     recipe = load_recipe(recipe_path, overrides, only=alone.stage)
     path = (run_dir or Path("runs") / recipe.name).absolute()
-    if recipe.run.ranks % task.nodes:
-        raise UserError(f"run.ranks={recipe.run.ranks} does not divide over {task.nodes} nodes")
+    trainers = task.nodes - alone.engine_nodes
+    if trainers < 1:
+        raise UserError(f"--engine-nodes {alone.engine_nodes} leaves no node for ranks: the job has {task.nodes}")
+    if recipe.run.ranks % trainers:
+        raise UserError(f"run.ranks={recipe.run.ranks} does not divide over {trainers} nodes")
+    if task.node >= trainers:
+        return _StageTask(RunDirectory(path, recipe), recipe_path, task, alone, worker).serve()
     if task.node:
         return _StageTask(RunDirectory(path, recipe), recipe_path, task, alone, worker).follow()
     with joined(path, recipe, alone.stage) as (directory, locks):
@@ -60,6 +71,7 @@ class _StageTask:
         self._directory, self._folder, self._task, self._alone, self._worker = directory, recipe_path.parent.absolute(), task, alone, worker
         self._hung = ""
         self._logs = nodes.folder_of(directory.logs, alone.stage, task)
+        self._allocation = Allocation(task.node, task.nodes - alone.engine_nodes, alone.engine_nodes, alone.gpus_per_node)
         # Slurm's SIGTERM announces the end of a preempted job or of its time: the same as SIGUSR1, which it sends ahead of that.
         self._signals = {signal.SIGUSR1, signal.SIGTERM} if task.job else {signal.SIGUSR1}
 
@@ -101,6 +113,24 @@ class _StageTask:
         signal.signal(signal.SIGTERM, before)
         return self._run(meeting, ())
 
+    def serve(self) -> int:
+        """A node without ranks: keep servers until the first node has written how the attempt has ended."""
+        heard: list[float] = []
+        for sign in self._signals:
+            # Ranks that save may still draw; Slurm ends this node when the first one is gone.
+            signal.signal(sign, lambda number, frame: heard.append(time.monotonic()))
+        finished = self._alone.stage in self._directory.finished()
+        with self._keeper() as keeper:
+            while not finished and nodes.outcome(self._logs) is None:
+                if heard and time.monotonic() > heard[0] + self._alone.grace_s:
+                    return 128 + signal.SIGTERM
+                keeper.look()
+                time.sleep(LOOK_S)
+        return 0
+
+    def _keeper(self) -> Keeper:
+        return Keeper(self._logs / ENGINE, self._task.node, self._signals)
+
     def _leave(self, number: int, frame: FrameType | None) -> None:
         """Slurm ends this node because the first one is gone. If that was refused, so is this: the job is not worth another attempt."""
         refused = nodes.outcome(self._logs) == "refused"
@@ -113,17 +143,22 @@ class _StageTask:
             if mark.names_stage and value in recipe.stages and value not in self._directory.finished():
                 raise UserError(f"'{path}': the stage {value!r} is not finished in {self._directory.path}; run it first")
         check_references(recipe, self._folder, only=name)
-        check_contents(recipe, only=name, local_ranks=recipe.run.ranks // self._task.nodes)
+        check_contents(recipe, only=name, local_ranks=recipe.run.ranks // self._allocation.trainers)
 
     def _run(self, meeting: nodes.Meeting, locks: tuple[int, ...]) -> int:
-        directory, name, task = self._directory, self._alone.stage, self._task
-        arguments = meeting.torchrun(task, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
-        arguments += ["-m", self._worker, str(directory.path), name, str(self._logs), str(task.node)]
+        directory, name, task, allocation = self._directory, self._alone.stage, self._task, self._allocation
+        trainers = replace(task, nodes=allocation.trainers)
+        arguments = meeting.torchrun(trainers, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
+        arguments += ["-m", self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
         settings, saving = directory.recipe.run, Saving(self._signals, stop_file, self._alone.grace_s)
-        watch = Watch(self._logs, settings.deadlines, settings.ranks // task.nodes, task.node, task.nodes)
+        watch = Watch(self._logs, settings.deadlines, settings.ranks // allocation.trainers, task.node, allocation.trainers)
         ranks = Ranks(directory, self._folder, locks, arguments, watch, self._alone.restarts, saving, log)
-        code = ranks.wait()
+        if allocation.nodes == 1:
+            code = ranks.wait()
+        else:
+            with self._keeper() as keeper:
+                code = ranks.wait(keeper.look)
         if name in directory.finished():
             return 0
         if ranks.hung is not None:

@@ -1,6 +1,6 @@
-"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS NODE]`, started by torchrun.
+"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS NODE TRAINERS ENGINES GPUS]`, started by torchrun.
 
-Runs all stages in turn, or the one that is named, with its logs in a folder of their own.
+Runs all stages in turn, or the one that is named, with its logs in a folder of their own and nodes as `Allocation` says.
 """
 
 import importlib
@@ -26,6 +26,8 @@ from r1mega.pipeline.rundir import RunDirectory
 from r1mega.process import die_with_parent
 from r1mega.report.progress import Progress
 from r1mega.rollout.pool import Engines
+from r1mega.rollout.sglang_keeper import ENGINE, forget
+from r1mega.rollout.sglang_places import ALONE, Allocation
 
 if TYPE_CHECKING:
     from r1mega.rollout.engine import Engine
@@ -67,6 +69,7 @@ def main(
     die_with_parent()
     path, ranks = Path(arguments[0]), env.ranks()
     only, logs = (arguments[1], Path(arguments[2])) if arguments[1:] else (None, path / "logs")
+    allocation = Allocation(*map(int, arguments[3:]))
     logs.mkdir(parents=True, exist_ok=True)
     heartbeat.start(logs / "beats" / (arguments[3] if arguments[3:] else "0") / str(ranks.rank), logs / f"rank{ranks.rank}.stacks")
     terminal = _redirect(logs / f"rank{ranks.rank}.log")
@@ -74,8 +77,10 @@ def main(
         run = RunDirectory.open(path)
         # The finished stages are read before ranks can meet, hence before any rank can finish one: all skip the same.
         finished = run.finished()
+        if ranks.rank == 0:
+            forget(logs / ENGINE)
         with _progress(run, ranks, terminal, only, logs) as progress, start(run) as barrier:
-            run_stages(run, finished, ranks, progress, find, barrier, (only, logs / "stop") if only else None)
+            run_stages(run, finished, ranks, progress, find, barrier, (only, logs / "stop") if only else None, allocation)
     except Exception as error:
         traceback.print_exc()
         found = {
@@ -102,13 +107,15 @@ def run_stages(
     find: Callable[[str], StageFunction],
     barrier: Callable[[], Any],
     only: tuple[str, Path] | None = None,
+    allocation: Allocation = ALONE,
 ) -> None:
     """Run the stages that are not finished, in order; `finished` is the same on every rank.
 
     `only` is the one stage to run, and the file that asks it to stop.
     """
     stop_file = only[1] if only else None
-    with Engines(partial(opened, run, ranks.local_world_size)) as engines:
+    logs = stop_file.parent if stop_file else run.logs
+    with Engines(partial(opened, run, logs / ENGINE, ranks.local_world_size, allocation)) as engines:
         for name, stage in run.recipe.stages.items():
             if only and name != only[0]:
                 continue
@@ -124,12 +131,12 @@ def run_stages(
             barrier()
 
 
-def opened(run: RunDirectory, local_ranks: int, model_dir: Path) -> "Engine":
-    """The recipe's engine for the model that a folder describes, beside so many ranks on this machine."""
+def opened(run: RunDirectory, logs: Path, local_ranks: int, allocation: Allocation, model_dir: Path) -> "Engine":
+    """The recipe's engine for the model that a folder describes, beside so many ranks on each machine."""
     from r1mega.rollout.open import Surroundings, open_engine
 
     settings = run.recipe.run
-    where = Surroundings(settings.platform, run.logs / "engine", settings.threads_per_rank, trainer_gpus=local_ranks)
+    where = Surroundings(settings.platform, logs, settings.threads_per_rank, local_ranks, allocation)
     return open_engine(run.recipe.rollout, model_dir, where)
 
 

@@ -124,8 +124,9 @@ def rounded(micro_batches: float, layout: Layout) -> int:
 @cache
 def _variant(how: Execution, offload: float, recompute: frozenset[str]) -> Execution:
     """Megatron-Core keeps all states of an optimizer that is partly offloaded in float32."""
-    wide = {"master_bytes": min(how.master_bytes * 2, 4), "moment_bytes": 4} if offload else {}
-    return replace(how, offload=offload, recompute=recompute, **wide)
+    if offload:
+        how = replace(how, master_bytes=min(how.master_bytes * 2, 4), moment_bytes=4)
+    return replace(how, offload=offload, recompute=recompute)
 
 
 def _evaluated(

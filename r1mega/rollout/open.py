@@ -7,6 +7,7 @@ from typing import Literal
 from r1mega.config.chats import Endpoint
 from r1mega.config.rollout import Rollout, Sampling
 from r1mega.rollout.engine import Engine
+from r1mega.rollout.sglang_places import ALONE, Allocation
 from r1mega.rollout.teacher import Teacher
 
 
@@ -20,7 +21,9 @@ class Surroundings:
     threads: int = 1
     """BLAS threads of a server's process on a CPU."""
     trainer_gpus: int = 0
-    """GPUs of this machine that the trainer's ranks have, the first ones."""
+    """GPUs of a machine that the trainer's ranks have, the first ones."""
+    allocation: Allocation = ALONE
+    """The nodes of the job."""
 
 
 def require(settings: Rollout) -> None:

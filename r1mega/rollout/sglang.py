@@ -28,7 +28,7 @@ from r1mega.rollout.routing import check_routing
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_memory import Memory, Part
-from r1mega.rollout.sglang_payload import InBytes, carrier
+from r1mega.rollout.sglang_payload import carrier, is_here
 from r1mega.rollout.sglang_servers import Fleet, check_model, check_wire
 from r1mega.rollout.sglang_shards import OwnShards
 from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport, checksum
@@ -73,29 +73,36 @@ class SglangEngine:
         fleet = self._fleet
         while not ranks.shared(lambda: fleet is not None and fleet.ready_within(_MEET_S)):
             pass
-        known = ranks.shared(lambda: [(client.address, client.key) for client in fleet.clients] if fleet else [])
-        self._pool = _Pool([Client(address, key) for address, key in known], self._sglang.concurrency, self._sglang.retries)
+        known = ranks.shared(lambda: [(one.client.address, one.client.key, one.nodes) for one in fleet.servers] if fleet else [])
+        self._pool = _Pool([Client(address, key) for address, key, _ in known], self._sglang.concurrency, self._sglang.retries)
         self._control = Control(self._pool.clients, self._sglang.request_timeout_s)
-        self._transport = self._new_transport()
+        self._transport = self._new_transport([self._here(address, nodes) for address, _, nodes in known])
+
+    def _here(self, address: str, nodes: list[int] | None) -> list[bool]:
+        """Which ranks of a server are on this rank's machine; one that was found may say so by its address alone."""
+        if nodes is None:
+            return [is_here(address)] * self._layout.tp
+        return [node == self._where.allocation.node for node in nodes]
 
     def _check_models(self) -> None:
         for client in self._pool.clients:
             check_model(client, self._model_dir, self._layout)
 
-    def _new_transport(self) -> Transport | OwnShards:
-        shards = self._sglang.path == "shards"
-        # Two buckets at a time; of own shards, two of every engine rank.
-        buckets = 2 * (self._layout.tp if shards else 1)
-        found = carrier(self._pool.clients, self._where.platform, self._sglang.transport == "request", buckets)
-        if shards and self._wire.block_fp8 and isinstance(found, InBytes):
-            raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
-        if shards:
-            return OwnShards(self._control, self._layout, found)
+    def _new_transport(self, here: list[list[bool]]) -> Transport | OwnShards:
+        shards, control, tp = self._sglang.path == "shards", self._control, self._layout.tp
         if self._sglang.transport == "disk":
-            return ByDisk(self._control, self._where.folder / "weights")
+            return ByDisk(control, self._where.folder / "weights")
         if self._sglang.transport == "distributed":
-            return ByBroadcast(self._control, self._layout.tp, "nccl" if self._where.platform == "cuda" else "gloo")
-        return ByTensor(self._control, self._layout.tp, found)
+            return ByBroadcast(control, tp, "nccl" if self._where.platform == "cuda" else "gloo")
+        near = self._sglang.transport == "tensor" and any(map(any, here))
+        # Two buckets at a time; of own shards, two of every engine rank.
+        memory = carrier(self._where.platform, 2 * (tp if shards else 1)) if near else None
+        if not shards:
+            return ByTensor(control, here, memory)
+        found = OwnShards(control, self._layout, here, memory)
+        if self._wire.block_fp8 and not all(way.near for way in found.ways):
+            raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
+        return found
 
     # -------------------------------------------------------- weights
 

@@ -9,7 +9,7 @@ import io
 import pickle
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from r1mega.errors import UserError
-from r1mega.rollout.sglang_client import Client
 from r1mega.weights.shipping import tensors
 from r1mega.weights.source import Room
 from r1mega.weights.sync import Bucket
@@ -55,7 +54,7 @@ class InBytes:
     room: Room | None = None
 
     def payloads(self, content: object, receivers: int) -> list[str]:
-        return [_pickled(_ByValue, content)] * receivers
+        return [_pickled(_ByValue, content)] * receivers if receivers else []
 
     def close(self) -> None:
         pass
@@ -126,15 +125,8 @@ class InHandles:
         pass
 
 
-def carrier(clients: Sequence[Client], platform: Literal["cpu", "cuda"], in_requests: bool, buckets: int) -> Carrier:
-    """The best one between this rank and the servers.
-
-    Args:
-        in_requests: the recipe wants the bytes in requests.
-        buckets: how many may be in use at once.
-    """
-    if in_requests or not all(is_here(client.address) for client in clients):
-        return InBytes()
+def carrier(platform: Literal["cpu", "cuda"], buckets: int) -> Carrier:
+    """For processes of servers on this rank's own machine; `buckets`: how many may be in use at once."""
     return InHandles() if platform == "cuda" else InSegments(buckets)
 
 

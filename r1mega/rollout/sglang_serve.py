@@ -32,7 +32,10 @@ def bind_group() -> None:
 
 
 def main() -> None:
-    """Serve with the arguments of `sglang.launch_server`; the key comes in the variable that the first argument names."""
+    """Serve with the arguments of `sglang.launch_server`; the key comes in the variable that the first argument names.
+
+    Parts of a server after its first are given none, they serve nobody.
+    """
     bind_group()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
@@ -41,7 +44,8 @@ def main() -> None:
     variable, *arguments = sys.argv[1:]
     load_plugins()
     settings = prepare_server_args(arguments)
-    settings.api_key = _Hidden(os.environ.pop(variable))
+    key = os.environ.pop(variable, None)
+    settings.api_key = _Hidden(key) if key else None
     run_server(settings)
 
 

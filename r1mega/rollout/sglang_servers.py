@@ -1,39 +1,38 @@
-"""The lives of SGLang servers: started by rank 0 of a run and gone with it, or found at given addresses."""
+"""The lives of SGLang servers: started by rank 0 of a run, on its node or on any of its job, or found at given addresses."""
 
 import json
-import os
+import logging
 import secrets
-import signal
-import socket
-import subprocess
 import time
 from dataclasses import fields
 from pathlib import Path
+from threading import Event, Thread
 
 from r1mega import env
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.rollout import Sglang
 from r1mega.errors import UserError
-from r1mega.process import die_with_parent
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
+from r1mega.rollout.sglang_keeper import Ordered
+from r1mega.rollout.sglang_part import LOOPBACK, Order, Part, State
+from r1mega.rollout.sglang_places import places, rooms
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.blocks import BLOCK
 from r1mega.weights.canonical import canonical
 from r1mega.weights.engine import check_block_fp8, engine_params
 from r1mega.weights.wire import Wire
 
-_LAUNCHER = Path(__file__).with_name("sglang_serve.py")
-_KEY = "R1MEGA_ENGINE_KEY"
+_log = logging.getLogger(__name__)
 _CPU_TOKENS = 65_536
 _UNSAID = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """Keys of DeepSeek-V3's config.json that SGLang reads and `transformers`, which has no others, does not write."""
 _BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 """What a checkpoint in DeepSeek's block FP8 says of itself; the model folder of a run need not be one."""
-_LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 _LOOK_S = 1.0
 _ANSWER_S = 30.0
 _CHECK_S = 600.0
+_GONE_S = 60.0
 _CPU_ARGUMENTS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-cuda-graph", "--disable-radix-cache", "--sleep-on-idle"),
@@ -59,10 +58,14 @@ def key_of(settings: Sglang) -> str | None:
     return env.secret(settings.key_variable) if settings.key_variable else None
 
 
-def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port: int, gpu: int) -> list[str]:
-    """Of `sglang.launch_server`, for a server that gets its weights from a trainer and speaks token ids alone."""
+def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, gpu: int) -> list[str]:
+    """Of `sglang.launch_server`, for a server that gets its weights from a trainer and speaks token ids alone, without its addresses.
+
+    Args:
+        gpu: the first one of this part on its node.
+    """
     layout = settings.layout
-    found = ["--model-path", str(model_dir), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
+    found = ["--model-path", str(model_dir), "--dtype", dtype]
     # The first sync brings the weights, so those of the folder are not read, and what a sync forgets is not right by chance.
     found += ["--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup", "--log-level-http", "warning"]
     config = read_config(model_dir)
@@ -97,70 +100,126 @@ def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, port
 
 
 class Started:
-    """A server that this process has started. It dies with this process, however that dies."""
+    """A server that this process has started, here or, in a job of several nodes, through their keepers. It does not outlive the job."""
 
     def __init__(self, settings: Sglang, model_dir: Path, dtype: str, where: Surroundings, index: int) -> None:
-        """Start it. Call it in the thread that lives as long as the server should, and wait for `ready`."""
-        self._settings, self._begin = settings, time.monotonic()
-        port, key = _free_port(), secrets.token_urlsafe(32)
-        where.folder.mkdir(parents=True, exist_ok=True)
-        self.log = where.folder / f"server-{port}.log"
-        layout = settings.layout
-        wanted = arguments(settings, model_dir, dtype, where.platform, port, settings.gpus_from(where.trainer_gpus) + index * layout.tp)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [str(interpreter(settings)), str(_LAUNCHER), _KEY, *wanted],
-                env=env.for_servers(where.threads, layout.tp, where.platform, {_KEY: key, _LONGER: "1"}),
-                cwd=where.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C reaches the launcher alone, which ends the run in order.
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        self.client = Client(f"http://127.0.0.1:{port}", key)
+        """Start it. Call it in the thread that lives as long as the server should, and wait for `ready`.
+
+        Raises:
+            UserError: the job's nodes have no room for all servers.
+        """
+        self._settings, self._made, self._where, self._begin = settings, (model_dir, dtype), where, time.monotonic()
+        self._pieces = places(settings.layout, rooms(settings, where.allocation, where.trainer_gpus))[index]
+        self._name, self._key = f"server-{index}-{secrets.token_hex(3)}", secrets.token_urlsafe(32)
+        self._client: Client | None = None
+        self._serves, self._trouble = False, ""
+        self._parts: list[Part | Ordered] = [self._begun(0, None)]
+        self._go_on()
+
+    def _begun(self, number: int, meeting: str | None) -> Part | Ordered:
+        settings, where, piece = self._settings, self._where, self._pieces[number]
+        order = Order(
+            self._name,
+            *(number, len(self._pieces), str(interpreter(settings).absolute())),
+            arguments(settings, *self._made, where.platform, piece.first),
+            *(piece.count, where.threads, where.platform, meeting),
+        )
+        key = self._key if number == 0 else None
+        if where.allocation.nodes == 1:
+            return Part(order, key, LOOPBACK, where.folder)
+        return Ordered(order, key, where.folder, piece.node)
+
+    def _go_on(self) -> None:
+        """Begin the other parts once the first has told where they meet."""
+        first = self._parts[0].state()
+        if self._client is None and first is not None and not first.ended:
+            self._client = Client(f"http://{first.address}", self._key)
+            self._parts += [self._begun(number, first.meeting) for number in range(1, len(self._pieces))]
+
+    @property
+    def client(self) -> Client:
+        """For requests, once it is ready."""
+        assert self._client is not None, "nobody knows its address yet"
+        return self._client
+
+    @property
+    def nodes(self) -> list[int] | None:
+        """The node of each of its ranks."""
+        return [piece.node for piece in self._pieces for _ in range(piece.count)]
 
     def ready(self) -> bool:
-        """Whether it answers. UserError when it has ended, or has had its time."""
-        code = self._process.poll()
-        if code is not None:
-            raise UserError(f"an SGLang server ended while it started ({_ending(code)}): {_last_line(self.log)}; its log: {self.log}")
-        if self.client.answers(_ANSWER_S):
+        """Whether it answers. UserError when a part of it has ended, or when it has had its time."""
+        if found := self._ended():
+            part, state = found
+            self.stop()
+            on = f" on {part.place}" if part.place else ""
+            raise UserError(f"an SGLang server{on} ended while it started ({state.ended}): {state.said}; its log: {state.log}")
+        self._go_on()
+        self._serves = self._client is not None and self._client.answers(_ANSWER_S)
+        if self._serves:
             return True
         if time.monotonic() - self._begin > self._settings.start_timeout_s:
+            waits = [part for part in self._parts if part.state() is None]
             self.stop()
             limit = f"rollout.sglang.start_timeout_s={self._settings.start_timeout_s:g}"
-            raise UserError(f"an SGLang server was not ready within {limit}; its log: {self.log}")
+            if waits:
+                raise UserError(f"{waits[0].place} began no part of an SGLang server within {limit}; its log would be {waits[0].log}")
+            logs = ", ".join(str(part.log) for part in self._parts)
+            raise UserError(f"an SGLang server was not ready within {limit}; its log: {logs}")
         return False
 
+    def _ended(self) -> tuple[Part | Ordered, State] | None:
+        """A part that has ended by itself."""
+        states = ((part, part.state()) for part in self._parts)
+        return next(((part, state) for part, state in states if state is not None and state.ended), None)
+
     def well(self) -> bool:
-        """Whether it is there and answers."""
-        return self._process.poll() is None and self.client.answers(_ANSWER_S)
+        """Whether all of it is there, and it answers."""
+        return self._ended() is None and self.client.answers(_ANSWER_S)
+
+    def end_broken(self) -> None:
+        """End what is left of a server that has lost a part: the others would wait for it, and requests for them."""
+        if self._serves and len(self._parts) > 1 and self._ended():
+            self._trouble = self._trouble or self.trouble()
+            self.end()
 
     def trouble(self) -> str:
         """What became of a server that is not well."""
-        code = self._process.poll()
-        if code is None:
-            return f"{self.client.address} does not answer; its log: {self.log}"
-        return f"{self.client.address} ended ({_ending(code)}): {_last_line(self.log)}; its log: {self.log}"
+        found = self._ended()
+        if self._trouble or found is None:
+            return self._trouble or f"{self.client.address} does not answer; its log: {self.log}"
+        part, state = found
+        of = f": its part on {part.place}" if part.place else ""
+        return f"{self.client.address}{of} ended ({state.ended}): {state.said}; its log: {state.log}"
+
+    def end(self) -> None:
+        """End all of its processes."""
+        for part in self._parts:
+            part.end()
 
     def stop(self) -> None:
-        """End it with all its processes."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        """End all of its processes, and wait until they are gone."""
+        self.end()
+        for part in self._parts:
+            if not part.gone_within(_GONE_S):
+                _log.warning("%s does not end its part of an SGLang server", part.place)
+
+    @property
+    def log(self) -> Path:
+        """What its first part prints."""
+        return self._parts[0].log
 
     @property
     def pid(self) -> int:
-        """Its process, and the number of its group of processes."""
-        return self._process.pid
+        """The process of its first part, and the number of its group of processes; 0 where that was not begun."""
+        first = self._parts[0].state()
+        return first.pid if first else 0
 
 
 class Found:
     """A server at a given address. It is never started or ended from here."""
+
+    nodes: list[int] | None = None
 
     def __init__(self, address: str, settings: Sglang) -> None:
         self.client, self._settings, self._begin = Client(address.rstrip("/"), key_of(settings)), settings, time.monotonic()
@@ -189,8 +248,10 @@ class Found:
         """What became of a server that is not well."""
         return f"{self.client.address} does not answer"
 
-    def stop(self) -> None:
+    def end_broken(self) -> None:
         """Leave it as it is."""
+
+    end = stop = end_broken
 
 
 Server = Started | Found
@@ -203,6 +264,14 @@ class Fleet:
         self._settings, self._made = settings, (model_dir, dtype, where)
         count = len(settings.addresses) or settings.layout.servers
         self.servers: list[Server] = [self._new(index) for index in range(count)]
+        self._closed = Event()
+        if where.allocation.nodes > 1:
+            Thread(target=self._watch, name="servers", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_LOOK_S):
+            for server in list(self.servers):
+                server.end_broken()
 
     def _new(self, index: int) -> Server:
         settings = self._settings
@@ -235,6 +304,9 @@ class Fleet:
 
     def stop(self) -> None:
         """End what was started."""
+        self._closed.set()
+        for server in self.servers:
+            server.end()
         for server in self.servers:
             server.stop()
 
@@ -277,20 +349,3 @@ def check_model(client: Client, model_dir: Path, layout: EngineLayout) -> None:
             raise UserError(
                 f"{serves}, whose parameters differ from those of {model_dir} under rollout.sglang.layout: {', '.join(unknown[:4])}"
             )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _ending(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["it wrote nothing"])[-1][:300]

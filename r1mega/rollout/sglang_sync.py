@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r1mega.rollout.engine import Differences
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
-from r1mega.rollout.sglang_payload import Carrier, flattened
+from r1mega.rollout.sglang_payload import Carrier, InBytes, flattened
 from r1mega.weights.shipping import tensors
 from r1mega.weights.source import Room
 from r1mega.weights.sync import Bucket
@@ -131,26 +131,31 @@ class Transport(Protocol):
 
 
 class ByTensor:
-    """`tensor` and `request`: any rank can send."""
+    """`tensor` and `request`: any rank can send. Ranks of servers on its own machine map its memory, all others are sent the bytes."""
 
     senders: Sequence[int] | None = None
 
-    def __init__(self, control: Control, tp: int, carrier: Carrier) -> None:
-        self._control, self._tp, self._carrier, self.room = control, tp, carrier, carrier.room
+    def __init__(self, control: Control, here: Sequence[Sequence[bool]], memory: Carrier | None) -> None:
+        """`here[s][r]`: whether rank r of server s is on this machine; `memory`: for those that are, None where none is."""
+        self._control, self._here, self._memory = control, here, memory
+        self.room = memory.room if memory else None
 
     def begin(self) -> None:
         self._control.begin()
 
     def send(self, bucket: Bucket, flat: Tensor) -> None:
-        payloads = self._carrier.payloads(flattened(bucket, flat), self._tp * len(self._control.clients))
-        parts = [payloads[first : first + self._tp] for first in range(0, len(payloads), self._tp)]
+        content, near = flattened(bucket, flat), sum(map(sum, self._here)) if self._memory else 0
+        shared = iter(self._memory.payloads(content, near) if self._memory else [])
+        sent = iter(InBytes().payloads(content, sum(map(len, self._here)) - near))
+        parts = [[next(shared if here and self._memory else sent) for here in server] for server in self._here]
         load(self._control, parts, "flattened_bucket", contents(bucket))
 
     def end(self) -> None:
         self._control.end()
 
     def close(self) -> None:
-        self._carrier.close()
+        if self._memory:
+            self._memory.close()
 
 
 def load(control: Control, payloads: Sequence[Sequence[str]], load_format: str, what: str) -> None:

@@ -1,0 +1,158 @@
+"""The processes of one SGLang server on one node: all of it, or one of its parts where it spans nodes."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from r1mega import env
+from r1mega.process import die_with_parent
+
+LOOPBACK = "127.0.0.1"
+_LAUNCHER = Path(__file__).with_name("sglang_serve.py")
+_KEY = "R1MEGA_ENGINE_KEY"
+_LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
+_MEETING_PORTS = 7
+"""Ranks of a server that spans nodes meet at the first; with copies of the attention its processes talk at those that follow."""
+_HIGHEST = 65_535
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be started on one node."""
+
+    server: str
+    """Name of the server's life; another life has another."""
+    part: int
+    """The first one serves HTTP."""
+    parts: int
+    python: str
+    arguments: list[str]
+    """Of `sglang.launch_server`, without addresses and ports."""
+    ranks: int
+    """Of this part."""
+    threads: int
+    platform: str
+    meeting: str | None = None
+    """host:port where ranks of all parts meet; the first part opens it."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return self.server if self.parts == 1 else f"{self.server}-part{self.part}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What there is to know of a part that was begun."""
+
+    address: str
+    """host:port of its HTTP."""
+    meeting: str | None
+    pid: int
+    log: str
+    ended: str | None = None
+    """How it ended; None while it runs."""
+    said: str = ""
+    """The last error in the log of one that has ended."""
+
+
+class Part:
+    """A part on this node. It dies with this process, however that dies."""
+
+    def __init__(self, order: Order, key: str | None, host: str, folder: Path, ignored: Collection[signal.Signals] = ()) -> None:
+        """Start it. Call it in the thread that lives as long as the server should.
+
+        Args:
+            key: API key; None for parts that serve nobody.
+            host: where a first part listens.
+            folder: of logs.
+            ignored: signals that are not meant for it.
+        """
+        self.place, self.log = "", folder / f"{order.name}.log"
+        # The others answer nothing but that they are there.
+        host = host if order.part == 0 else LOOPBACK
+        port, self._meeting = free_port(host), order.meeting
+        words = [*order.arguments, "--host", host, "--port", str(port)]
+        if order.parts > 1:
+            self._meeting = order.meeting or f"{host}:{free_port(host, _MEETING_PORTS)}"
+            words += ["--nnodes", str(order.parts), "--node-rank", str(order.part), "--dist-init-addr", self._meeting]
+        self._address = f"{host}:{port}"
+        folder.mkdir(parents=True, exist_ok=True)
+        bound = order.ranks if order.ranks * order.parts > 1 else 0
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [order.python, str(_LAUNCHER), _KEY, *words],
+                env=env.for_servers(order.threads, bound, order.platform, {_LONGER: "1"} | ({_KEY: key} if key else {})),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches the launcher alone, which ends the run in order.
+                start_new_session=True,
+                preexec_fn=partial(_before_exec, ignored),
+            )
+
+    def state(self) -> State:
+        """How it is now."""
+        code = self._process.poll()
+        ended = None if code is None else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return State(self._address, self._meeting, self._process.pid, str(self.log), ended, _last_line(self.log) if ended else "")
+
+    def end(self) -> None:
+        """End it with all its processes."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def gone_within(self, seconds: float) -> bool:
+        """Whether it has ended, waited for so long at most."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def _before_exec(ignored: Collection[signal.Signals]) -> None:
+    for sign in ignored:
+        signal.signal(sign, signal.SIG_IGN)
+    die_with_parent()
+
+
+def free_port(host: str, count: int = 1) -> int:
+    """The first of `count` ports in a row that nobody has on this host."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port: int = probe.getsockname()[1]
+        if port + count <= _HIGHEST and all(_is_free(host, one) for one in range(port, port + count)):
+            return port
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def address_towards(host: str, port: int = 80) -> str:
+    """The address of this machine as another one sees it, which is that of the network between them."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["it wrote nothing"])[-1][:300]
