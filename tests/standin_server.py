@@ -18,22 +18,25 @@ from typing import Any
 state: dict[str, Any] = {"version": "default", "released": set(), "paused": False, "running": 0, "lost": False}
 
 
+def behaviour() -> str:
+    return Path("behaviour").read_text() if Path("behaviour").exists() else "ok"
+
+
 def die(reason: str) -> None:
     print(reason, flush=True)
     os._exit(1)
 
 
 def generate(body: dict[str, Any]) -> dict[str, Any]:
-    behaviour = Path("behaviour").read_text()
     if state["released"]:
         die("AssertionError: asked while memory is released")
-    if behaviour == "memory":
+    if behaviour() == "memory":
         die("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
-    if behaviour == "slow":
+    if behaviour() == "slow":
         time.sleep(1.0)
     settings = body["sampling_params"]
     ids = [3 + (len(body["input_ids"]) + settings["sampling_seed"] + place) % 100 for place in range(settings["max_new_tokens"])]
-    version = "1" if behaviour == "stale" else state["version"]
+    version = "1" if behaviour() == "stale" else state["version"]
     spans = [{"version": version, "start": 0, "end": len(ids)}]
     meta = {"output_token_logprobs": [[-1.0, one, None] for one in ids], "finish_reason": {"type": "length"}, "weight_versions": spans}
     return {"output_ids": ids, "meta_info": meta}
@@ -95,7 +98,7 @@ def told(flag: str, default: str) -> str:
 
 def follow(host: str, port: int) -> None:
     """A part that is not the first: there, and no more."""
-    if Path("behaviour").read_text() == "broken":
+    if behaviour() == "broken":
         die("RuntimeError: no GPU 3 on this node")
     while True:
         with socket.create_connection((host, port), timeout=30) as first:
@@ -122,6 +125,8 @@ if __name__ == "__main__":
     where, _, number = told("--dist-init-addr", ":0").rpartition(":")
     if told("--node-rank", "0") != "0":
         follow(where, int(number))
+    # Backwards, for a test that looks for it in all files.
+    Path("key").write_text(os.environ["R1MEGA_ENGINE_KEY"][::-1])
     if where:
         gather(where, int(number), int(told("--nnodes", "1")))
     server = ThreadingHTTPServer((told("--host", ""), int(told("--port", ""))), Handler)

@@ -83,6 +83,27 @@ def test_two_nodes_meet_and_the_next_stage_runs_alone(recipe: Path) -> None:
     assert any("a library prints" in line for line in logs(run, None, 1, False))
 
 
+def test_a_node_of_servers_alone_ends_with_the_ranks(recipe: Path) -> None:
+    engines = ("--engine-nodes", "1", "--gpus-per-node", "8")
+    processes = [start(recipe, "zero", *engines, slurm=(node, 3, 0)) for node in (2, 1, 0)]
+    run = recipe.parent / "run"
+    assert [finish(process)[0] for process in processes] == [0, 0, 0]
+    assert outcomes(run) == ["finished"] and read_json(run / "stages/01-zero/provenance.json")["ranks"] == 2
+    assert finish(start(recipe, "zero", *engines, slurm=(2, 3, 1)))[0] == 0  # another attempt at what is finished
+    code, _, err = finish(start(recipe, "zero", "--engine-nodes", "3", slurm=(2, 3, 1)))
+    assert code == 2 and "--engine-nodes 3 leaves no node for ranks: the job has 3" in err
+
+
+def test_a_node_of_servers_stays_while_ranks_save_and_leaves_when_nobody_comes(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    node = start(recipe, "zero", "--engine-nodes", "1", "--grace", "3", slurm=(1, 2, 0))
+    wait_until(lambda: (run / "logs/zero/7-0/engine/nodes/1/here.json").exists())
+    node.send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    assert node.poll() is None
+    assert finish(node)[0] == 128 + signal.SIGTERM
+
+
 def test_a_stage_whose_input_is_not_made_is_refused(recipe: Path) -> None:
     code, _, err = finish(start(recipe, "check"))
     assert code == 2 and "the stage 'zero' is not finished" in err
