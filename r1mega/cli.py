@@ -17,7 +17,7 @@ from r1mega.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 input that cannot be used, 1 anything else.
 
-    `audit` returns 1 when it found something wrong.
+    `audit` returns 1 when it found something wrong, `plan` when something does not fit.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="r1mega", description="Reasoning models by reinforcement learning, on Megatron-Core.")
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _declare_overrides(parser: argparse.ArgumentParser) -> None:
+    what = "change a key of the recipe, such as stages.zero.updates=100, or those of a YAML file laid over it"
+    parser.add_argument("overrides", nargs="*", metavar="OVERLAY.yaml | key=value", help=what)
+
+
 def _declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     parser.add_argument("-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run (default: runs/<recipe name>)")
@@ -47,7 +52,7 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
         "--engine-nodes", type=int, default=0, metavar="N", help="with --stage: the step's last nodes, for servers alone (default: 0)"
     )
     parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="with --stage: for ranks and servers (default: enough)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as stages.zero.updates=100")
+    _declare_overrides(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -70,7 +75,7 @@ def _declare_submit(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="RUN_DIR", help="folder of the run, which all nodes see (default: as r1mega run)"
     )
     parser.add_argument("--dry-run", action="store_true", help="write the scripts to RUN_DIR/scripts and submit nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    _declare_overrides(parser)
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -109,7 +114,7 @@ def _logs(options: argparse.Namespace) -> int:
 def _declare_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="whether this recipe can run here")
     parser.add_argument("--quick", action="store_true", help="do not start the two ranks that time their link")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    _declare_overrides(parser)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -123,7 +128,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    _declare_overrides(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="resolve every stage without the recipe's weights and data, and list what is not here"
     )
@@ -382,15 +387,13 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host-memory", type=float, metavar="GB", help="of a node (default: what such nodes usually have)")
     parser.add_argument("--response", type=float, metavar="TOKENS", help="mean length of responses (default: 0.3 of max_new_tokens)")
-    parser.add_argument("--offload", type=float, default=0.0, metavar="SHARE", help="of the optimizer's states on the host (default: 0)")
-    parser.add_argument("--moments", choices=("float32", "bfloat16"), default="float32", help="dtype of Adam's moments (default: float32)")
     parser.add_argument("--engine-tp", type=int, metavar="N", help="GPUs of a server (default: the fewest that leave room for its cache)")
     parser.add_argument("--engine-fp8", action="store_true", help="servers hold block FP8")
     parser.add_argument("--search", action="store_true", help="rank all layouts for a stage's training instead")
     parser.add_argument("--stage", metavar="NAME", help="the stage that --search is for (default: the first that trains)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same there")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as layout.tp=8")
+    _declare_overrides(parser)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -403,8 +406,6 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.json:
         check_writable(options.json, "--json")
-    if not 0 <= options.offload <= 1:
-        raise UserError(f"--offload {options.offload:g}: expected a share from 0 to 1")
     for name in ("gpus", "response", "engine_tp", "host_memory", "top"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: expected more than 0")
@@ -417,8 +418,6 @@ def _plan(options: argparse.Namespace) -> int:
         found,
         recipe.run.ranks,
         response=options.response,
-        offload=options.offload,
-        moment_bytes=2.0 if options.moments == "bfloat16" else 4.0,
         engine_tp=options.engine_tp,
         engine_fp8=options.engine_fp8,
     )
@@ -438,7 +437,7 @@ def _plan(options: argparse.Namespace) -> int:
             "stages": [stage.record() for stage in stages],
         }
         write_json(options.json, record)
-    return 0
+    return 1 if any(stage.problems for stage in stages) else 0
 
 
 def _declare_explain(parser: argparse.ArgumentParser) -> None:

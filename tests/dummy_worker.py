@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,8 +45,21 @@ def misbehave(ctx: StageContext) -> None:
     if action == f"die once, {ctx.rank}" and not (ctx.run.path / "logs" / "died").exists():
         (ctx.run.path / "logs" / "died").touch()
         os.kill(os.getpid(), 9)
-    if " on rank " in action:
+    if action.startswith("stop once on rank "):
+        stop_in_first_attempt(ctx, int(action.split()[-1]))
+    elif " on rank " in action:
         time.sleep(60)  # as in a collective that the other rank never joins
+
+
+def stop_in_first_attempt(ctx: StageContext, rank: int) -> None:
+    """Stop one rank as a signal does; the others wait for it."""
+    marker = ctx.run.path / f"stopped-{ctx.rank}"
+    if marker.exists():
+        return
+    marker.touch()
+    if ctx.rank == rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
 
 
 def stage(ctx: StageContext) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Case:
     @property
     def reference(self) -> "Case":
         """The same run in one process: cases that share it must agree."""
-        train = {key: value for key, value in self.train.items() if key != "recompute"}
+        train = {key: value for key, value in self.train.items() if key not in ("recompute", "overlap")}
         return Case(self.model, {}, train, self.steps, even=self.even, replay=self.replay)
 
     @property

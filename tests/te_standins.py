@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class _Module(nn.Module):
     """What all modules of Transformer Engine have: an extra state, empty where nothing is FP8."""
 
-    fp8 = fp8_calibration = False
+    fp8 = fp8_calibration = save_original_input = False
     fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
 
     def get_extra_state(self) -> Tensor:
@@ -118,7 +118,8 @@ def main(config: Path, checkpoint: Path, out: Path) -> None:
     chosen: Any = platform.active()
     # Layers, names and configuration are CUDA's; tensors stay where there is no GPU to put them on.
     chosen.layer_spec, chosen.kernels, chosen.SPELLING = cuda.layer_spec, cuda.kernels, cuda.SPELLING
-    chosen.config_overrides = lambda fp8: cuda.config_overrides(fp8) | {"use_cpu_initialization": True, "moe_permute_fusion": False}
+    cuda.fuse_gradients()
+    chosen.config_overrides = lambda *asked: cuda.config_overrides(*asked) | {"use_cpu_initialization": True, "moe_permute_fusion": False}
     arch = Architecture.from_hf(json.loads(config.read_text()))
     policy = Policy(arch, Layout(), Train(mtp_loss=0.3 if arch.mtp_layers else 0.0), Optimizer(lr=1e-3))
     assert any(isinstance(module, LayerNormLinear) for module in policy.chunks[0].modules())

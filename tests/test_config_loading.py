@@ -189,3 +189,71 @@ def test_servers_on_the_trainers_gpus_draw_for_no_trainer_that_trains(recipe_fil
     ahead = [*COLOCATED, "stages.zero.staleness=1", "stages.zero.save_every=0"]
     with pytest.raises(UserError, match=r"'stages.zero.staleness': servers on the trainer's GPUs cannot draw while it trains; use rollout"):
         load_recipe(recipe_file, ahead)
+
+
+def test_states_that_megatron_core_would_keep_otherwise_are_refused(recipe_file: Path) -> None:
+    where = "stages.zero.optimizer"
+    assert "keeps the states of an offloaded optimizer in float32" in refusal(
+        recipe_file, f"{where}={{lr: 1e-6, offload: 1, moments: bfloat16}}"
+    )
+    assert "use distributed: true" in refusal(recipe_file, f"{where}={{lr: 1e-6, moments: bfloat16, distributed: false}}")
+
+
+def test_an_override_of_one_stage_leaves_those_that_are_written_like_it(recipe_file: Path) -> None:
+    text = (
+        recipe_file.read_text()
+        .replace("  zero:\n", "  zero: &rl\n")
+        .replace("    sampling:", "    train: {chunk_tokens: 64}\n    sampling:")
+    )
+    recipe_file.write_text(text + "  again: {<<: *rl, model: zero}\n")
+    stages = load_recipe(recipe_file, ["stages.zero.train.chunk_tokens=128"]).stages
+    assert (stages["zero"].train.chunk_tokens, stages["again"].train.chunk_tokens) == (128, 64)
+
+
+def test_an_overlay_is_laid_over_the_recipe(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cluster").mkdir()
+    overlay = tmp_path / "cluster/small.yaml"
+    overlay.write_text(
+        "run: {ranks: 8}\nlayout: {tp: 2}\n"
+        "stages: {zero: {updates: 4, sampling: {temperature: {0: 0.5}}, prompts: {sums: {source: {kind: jsonl, path: other.jsonl}}}}}\n"
+    )
+    (tmp_path / "cluster/other.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    recipe = load_recipe(recipe_file, ["layout.cp=2", "cluster/small.yaml", "run.ranks=4"])
+    zero = recipe.stages["zero"]
+    assert zero.kind == "grpo"
+    # What is given later wins; mappings are merged, and a schedule is one value.
+    assert (recipe.run.ranks, recipe.layout.tp, recipe.layout.cp) == (4, 2, 2)
+    assert (zero.updates, zero.sampling.temperature, zero.optimizer.lr) == (4, {0: 0.5}, 3e-6)
+    source = zero.prompts["sums"].source
+    assert source.kind == "jsonl" and source.path == str(tmp_path / "cluster/other.jsonl")
+
+
+def test_an_overlay_that_is_wrong_is_named(recipe_file: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    for text, said in (
+        ("layuot: {tp: 2}", "unknown key 'layuot'; the nearest known key is 'layout'"),
+        ("layout: {tp: two}", "'layout.tp': expected an integer; got 'two'"),
+        ("stages: {one: {updates: 2}}", "there is no stage 'one'; the stages are base, zero"),
+        ("- layout", "expected a mapping of keys"),
+    ):
+        overlay.write_text(text)
+        assert str(overlay) in refusal(recipe_file, str(overlay)) and said in refusal(recipe_file, str(overlay))
+    assert "absent.yaml: cannot be read" in refusal(recipe_file, str(tmp_path / "absent.yaml"))
+    assert "expected key.path=value, such as stages.zero.updates=100, or a YAML file of keys" in refusal(recipe_file, "small")
+
+
+def test_a_star_stands_for_every_stage_that_has_the_part(recipe_file: Path, tmp_path: Path) -> None:
+    text = (
+        recipe_file.read_text()
+        + "  last: {kind: evaluate, models: {zero: zero}, suites: {aime_2024: {suite: aime_2024, data: aime.jsonl}}}\n"
+    )
+    recipe_file.write_text(text + "  again: {kind: grpo, model: zero, updates: 1, prompts: {}, rewards: {}, optimizer: {lr: 1e-6}}\n")
+    assert "'stages.again.prompts'" in refusal(recipe_file)
+    recipe_file.write_text(text)
+    (tmp_path / "aime.jsonl").write_text("")
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text('stages: {"*": {optimizer: {beta1: 0.8, lr: 1e-5}}}')
+    zero = load_recipe(recipe_file, [str(overlay), "stages.zero.optimizer.lr=2e-5"]).stages["zero"]
+    assert zero.kind == "grpo" and (zero.optimizer.beta1, zero.optimizer.lr) == (0.8, 2e-5)
+    assert "no stage of this recipe has 'optimiser'" in refusal(recipe_file, "stages.*.optimiser.lr=1")

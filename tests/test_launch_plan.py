@@ -42,16 +42,22 @@ def test_a_stage_waits_for_those_that_it_reads() -> None:
 
 def test_the_published_recipe_fills_64_nodes_and_waits_in_order(tmp_path: Path) -> None:
     published, cluster = CONFIGS / "deepseek_v3/r1.yaml", load_cluster(CONFIGS / "clusters/h100_pyxis.yaml")
-    with pytest.raises(UserError, match=r"from GPU 8 on do not fit a node of 8 GPUs; .* name their rollout.sglang.addresses"):
-        tasks(load_recipe(published, inputs=False), cluster, tmp_path / "run")
-    recipe = load_recipe(published, ["rollout.sglang.addresses=['http://engines:30000']"], inputs=False)
+    recipe = load_recipe(published, [str(CONFIGS / "deepseek_v3/overlays/h100_512.yaml")], inputs=False)
     found = {task.stage: task for task in tasks(recipe, cluster, tmp_path / "run")}
-    assert (found["zero"].nodes, found["zero"].ranks_per_node) == (64, 8)
+    assert (found["zero"].nodes, found["zero"].ranks_per_node, found["zero"].engine_nodes, found["zero"].gpus_per_node) == (64, 8, 0, 8)
     assert found["dev3"].after == ("reasoning",)
     assert found["zero"].arguments == (
         *("run", str(tmp_path / "run/resolved.yaml"), "run.ranks=512", "--stage", "zero", "-o", str(tmp_path / "run")),
-        *("--restarts", "1", "--grace", "580"),
+        *("--restarts", "1", "--grace", "580", "--engine-nodes", "0", "--gpus-per-node", "8"),
     )
+
+
+def test_servers_that_do_not_share_the_ranks_nodes_get_their_own(tmp_path: Path) -> None:
+    published, cluster = CONFIGS / "deepseek_v3/r1_zero.yaml", load_cluster(CONFIGS / "clusters/h100_pyxis.yaml")
+    engines = "rollout.sglang.layout={servers: 3, tp: 32, ep: 32}"
+    found = tasks(load_recipe(published, [engines], inputs=False), cluster, tmp_path / "run")[0]
+    assert (found.nodes, found.ranks_per_node, found.engine_nodes, found.gpus_per_node) == (64, 8, 12, 8)
+    assert found.arguments[-4:] == ("--engine-nodes", "12", "--gpus-per-node", "8")
 
 
 def test_servers_beside_the_ranks_get_their_gpus(tmp_path: Path) -> None:
@@ -59,7 +65,7 @@ def test_servers_beside_the_ranks_get_their_gpus(tmp_path: Path) -> None:
     recipe = load_recipe(CONFIGS / "tiny/r1_zero.yaml", engine)
     found = tasks(recipe, cluster(tmp_path), tmp_path / "run")[0]
     assert (found.ranks_per_node, found.gpus_per_node) == (2, 6)
-    with pytest.raises(UserError, match="2 servers of 2 GPUs from GPU 2 on do not fit a node of 4 GPUs"):
+    with pytest.raises(UserError, match="servers=2 of tp=2 take 2 nodes with 2 GPUs for servers, and there are 1; make them smaller"):
         tasks(recipe, cluster(tmp_path, SLURM + "gpus_per_node: 4\n"), tmp_path / "run")
     elsewhere = load_recipe(CONFIGS / "tiny/r1_zero.yaml", [*engine, "rollout.sglang.addresses=['http://a:1', 'http://b:1']"])
     assert tasks(elsewhere, cluster(tmp_path), tmp_path / "run")[0].gpus_per_node == 2

@@ -21,6 +21,7 @@ from r1mega.megatron.topology import MEGATRON_VERSION
 pytestmark = pytest.mark.lane
 
 MTP = {"mtp_loss": 0.3}
+OVERLAP = {"overlap": True}
 BIAS = {"router_bias_rate": 1e-3}
 BALANCE = {"aux_loss": 0.05, "mtp_loss": 0.3}
 TWO = [{}, {"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "etp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"cp": 2, "ep": 2}]
@@ -50,6 +51,7 @@ CASES = {
         *(Case("v3", layout, MTP | {"recompute": "selective"}) for layout in ({"tp": 2, "ep": 2}, {"pp": 2})),
         *(Case("v3", layout, BALANCE, even=True) for layout in ({"ep": 2}, {"tp": 2, "ep": 2}, {"cp": 2}, {"pp": 2})),
         *(Case("v3", layout, MTP, 3, distributed) for layout in ({}, {"ep": 2}, {"tp": 2, "ep": 2}) for distributed in (False, True)),
+        *(Case("v3", layout, MTP | OVERLAP, 3, distributed=True) for layout in ({}, {"ep": 2})),
         *(Case("v3", layout, BIAS, 3) for layout in ({"ep": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"tp": 2, "ep": 2})),
         *(Case("v3", layout, {"dtype": "bfloat16"}) for layout in ({"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2})),
         *(Case("v3", layout, MTP, replay=True) for layout in ({"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2})),
@@ -63,6 +65,7 @@ CASES = {
         *(Case(model, layout) for model in ("qwen", "llama") for layout in ({"tp": 2, "pp": 2}, {"tp": 2, "cp": 2})),
         Case("v3", {"cp": 2, "tp": 2, "ep": 2}, BALANCE, even=True),
         Case("v3", {"tp": 2, "ep": 2}, MTP, 3, distributed=True),
+        *(Case("v3", layout, MTP | OVERLAP, 3, distributed=True) for layout in ({"pp": 2, "ep": 2}, {"pp": 2, "vpp": 2})),
         *(Case("v3", layout, MTP, replay=True) for layout in ({"tp": 2, "pp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 2})),
     ],
 }  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from r1mega import cli
 from r1mega.config.loading import load_recipe
@@ -123,6 +124,12 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
             ["rollout.engine=sglang", "rollout.sglang.layout.tp=3"],
             "stages.zero: engine: tp / attn_dp=3 does not divide the 4 attention heads",
         ),
+        (["stages.zero.train.dispatcher=deepep"], "stages.zero: train.dispatcher=deepep needs run.platform=cuda; on a CPU use alltoall"),
+        (
+            ["stages.zero.optimizer.offload=0.5"],
+            "stages.zero: optimizer.offload=0.5 needs run.platform=cuda: on a CPU the states are on the",
+        ),
+        (["stages.zero.optimizer.moments=bfloat16"], "stages.zero: optimizer.moments, main_params and main_grads below float32 need"),
         (["stages.zero.train.fp8=blockwise"], "stages.zero: train.fp8=blockwise needs run.platform=cuda; on a CPU use fp8=none"),
         (["stages.zero.train.mtp_loss=0.3", "stages.zero.model={no_mtp}"], "stages.zero: train.mtp_loss=0.3 needs a model with"),
         (["run.ranks=8", "layout.tp=8", "layout.ep=8"], "stages.zero: layout: tp=8 does not divide"),
@@ -244,8 +251,20 @@ def test_a_machine_without_a_gpu_is_named(tiny: Path, monkeypatch: pytest.Monkey
     assert refused(tiny, "run.platform=cuda").startswith("run.platform=cuda: torch sees no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("r1mega.megatron.platform.cuda._installed", lambda module: True)
+    cuda = "r1mega.megatron.platform.cuda"
+    assert "Transformer Engine is missing; pip install" in refused(tiny, "run.platform=cuda")
+    monkeypatch.setattr(f"{cuda}._installed", lambda module: True)
+    monkeypatch.setattr(f"{cuda}._version", lambda name: Version("2.8.1"))
+    assert "Transformer Engine 2.8.1 is older than 2.9; pip install" in refused(tiny, "run.platform=cuda")
+    monkeypatch.setattr(f"{cuda}._version", lambda name: Version("2.14"))
     assert refused(tiny, "run.platform=cuda") == "run.platform=cuda: 2 ranks need a GPU each; this machine has 1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    said = refused(tiny, "run.platform=cuda", "stages.zero.train.fp8=mxfp8")
+    assert said == "stages.zero.train.fp8=mxfp8 needs Blackwell (compute capability 10.0); this GPU is NVIDIA H100"
+    monkeypatch.setattr(f"{cuda}._installed", lambda module: module != "deep_ep")
+    assert "DeepEP is missing; pip install" in refused(tiny, "run.platform=cuda", "stages.zero.train.dispatcher=deepep")
 
 
 def test_eval_looks_at_its_output_before_it_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

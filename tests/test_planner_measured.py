@@ -67,7 +67,7 @@ def test_memory_of_a_training_step(model: str) -> None:
         ]
         buffers = [buffer.grad_data for chunk in policy._wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
         measured = {"weights": _size(policy.weights.values()), "gradients": _size(buffers), "optimizer": _size(states)}
-    how = execution(train, optimizer, LENGTH, 1.0, 0.0, 4.0, "local")
+    how = execution(train, optimizer, LENGTH, 1.0, "local")
     planned = training_memory(arch, Layout(), 1, how, 1)[0].gpu
     assert planned.weights == measured["weights"]
     for part, nbytes in {**measured, "activations": activations}.items():

@@ -8,9 +8,10 @@ import pytest
 
 from r1mega.config.layout import Layout
 from r1mega.config.loading import load_layout
+from r1mega.config.training import Optimizer, Train
 from r1mega.planner.activations import layer_bytes, tensors, working_bytes
-from r1mega.planner.execution import Execution
-from r1mega.planner.memory import training_memory
+from r1mega.planner.execution import Execution, execution
+from r1mega.planner.memory import owned_values, training_memory
 from r1mega.planner.parameters import stage_values
 from r1mega.planner.schedule import in_flight
 from r1mega.weights.architecture import Architecture
@@ -102,3 +103,32 @@ def test_logits_stand_on_the_last_stage_and_follow_the_chunk() -> None:
     assert [bool(rank.gpu.logits) for rank in memory] == [False, False, False, True]
     twice = training_memory(V3, Layout(pp=4), 4, replace(PLAIN, logits_chunk=2048), 8)
     assert twice[-1].gpu.logits - memory[-1].gpu.logits == 1024 * V3.vocab * 18
+
+
+@pytest.mark.parametrize(
+    ("keys", "fp8", "bytes_of_a_value"),
+    [  # gradients; master copy, both moments, and the gradients' copy that steps
+        ({}, "none", (4, 4 + 8)),
+        ({"moments": "bfloat16"}, "none", (4, 2 + 4)),  # the master's other 16 bits are the weight's
+        ({"moments": "bfloat16"}, "blockwise", (4, 4 + 4)),
+        ({"moments": "bfloat16", "main_params": "float16"}, "blockwise", (4, 2 + 4)),
+        ({"main_grads": "bfloat16"}, "none", (2, 2 + 8)),
+        ({"main_grads": "bfloat16"}, "blockwise", (2, 4 + 8 + 4)),
+    ],
+)
+def test_dtypes_of_the_optimizer_s_states(keys: dict[str, str], fp8: str, bytes_of_a_value: tuple[int, int]) -> None:
+    layout = Layout(pp=8, ep=32)
+    how = execution(Train(dtype="bfloat16", fp8=fp8), Optimizer(lr=1e-6, **keys), 4096, 1.0)
+    for rank in training_memory(V3, layout, 256, how, 8):
+        assert rank.gpu.gradients == bytes_of_a_value[0] * rank.values.trained
+        assert rank.gpu.optimizer == bytes_of_a_value[1] * owned_values(layout, 256, rank.values, how)
+
+
+def test_an_offloaded_optimizer_lives_on_the_host_with_its_gradients() -> None:
+    layout, train = Layout(pp=8, ep=32), Train(dtype="bfloat16")
+    for share in (0.25, 1.0):
+        how = execution(train, Optimizer(lr=1e-6, offload=share), 4096, 1.0)
+        for rank in training_memory(V3, layout, 256, how, 8):
+            owned = owned_values(layout, 256, rank.values, how)
+            assert rank.gpu.optimizer == pytest.approx(12 * (1 - share) * owned)
+            assert rank.host == {"optimizer": pytest.approx(16 * share * owned)}

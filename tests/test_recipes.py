@@ -13,7 +13,12 @@ from r1mega.weights.audit import figures
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-RECIPES = sorted(path for folder in ("tiny", "deepseek_v3", "distill") for path in (CONFIGS / folder).glob("*.yaml"))
+RECIPES = sorted(path for folder in ("tiny", "deepseek_v3", "moonlight_16b", "distill") for path in (CONFIGS / folder).glob("*.yaml"))
+OVERLAYS = sorted((CONFIGS / "deepseek_v3/overlays").glob("*.yaml"))
+PLANNED = [  # a recipe for H100, with what is laid over it
+    *((path,) for path in RECIPES if path.parent.name != "tiny"),
+    *((path, overlay) for path in RECIPES if path.parent.name == "deepseek_v3" for overlay in OVERLAYS),
+]
 STUDENTS = {  # initial learning rate (paper, table of B.4.3) and parameters in billions (of the published bases, output embedding untied)
     "qwen_1.5b": (1e-4, 1.777),
     "qwen_7b": (8e-5, 7.616),
@@ -30,6 +35,39 @@ def test_every_stage_resolves_without_the_cluster_s_files(path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     recipe = load_recipe(path, inputs=False)
     assert [line.split()[0] for line in lines[1 : 1 + len(recipe.stages)]] == list(recipe.stages)
+
+
+@pytest.mark.parametrize("paths", PLANNED, ids=lambda paths: " + ".join(path.stem for path in paths))
+def test_it_fits_its_cluster_trainer_and_engines(paths: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *map(str, paths)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "everything fits"
+    assert cli.main(["check", *map(str, paths), "--dry-run"]) == 0
+
+
+def test_overlays_are_for_four_sizes_and_fill_their_gpus() -> None:
+    sizes = []
+    for overlay in OVERLAYS:
+        recipe = load_recipe(CONFIGS / "deepseek_v3/r1.yaml", [str(overlay)], inputs=False)
+        assert recipe.rollout.sglang.placement == "colocated"
+        assert recipe.rollout.sglang.layout.ranks == recipe.run.ranks == int(overlay.stem.removeprefix("h100_"))
+        sizes.append(recipe.run.ranks)
+    assert sorted(sizes) == [128, 256, 512, 1024]
+
+
+def test_the_stages_that_have_recipes_of_their_own_are_those_of_r1() -> None:
+    stages = r1().stages
+    alone = load_recipe(CONFIGS / "deepseek_v3/r1_zero.yaml", inputs=False)
+    assert alone.stages == {"zero": stages["zero"]} and alone.layout == r1().layout
+    sft = load_recipe(CONFIGS / "deepseek_v3/sft.yaml", inputs=False).stages["sft"]
+    assert sft.kind == stages["dev3"].kind == "sft"
+    assert (sft.batch, sft.epochs, sft.optimizer, sft.train) == (
+        *(stages["dev3"].batch, stages["dev3"].epochs, stages["dev3"].optimizer, stages["dev3"].train),
+    )
+
+
+def test_moonlight_has_its_16_billion_parameters() -> None:
+    found = figures(read_config(CONFIGS / "moonlight_16b"))
+    assert found.values / 1e9 == pytest.approx(15.96, abs=5e-3)
 
 
 def r1() -> Recipe:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -230,12 +231,31 @@ def test_workers_that_died_idle_are_replaced(folder: Path) -> None:
         assert all(verdict["pid"].value and int(verdict["pid"].value) not in pids for verdict in verdicts)
 
 
-def test_an_interrupted_call_leaves_nothing_behind(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(judge, "_watch", lambda worker: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            obey(judge, *["value 1"] * 10)
-    assert [verdict.value for verdict in obey(judge, *["value 2"] * 10)] == [2.0] * 10
+def test_a_call_that_takes_long_holds_up_no_other(folder: Path) -> None:
+    prompt = Prompt("p", "q")
+    with Judge({"obey": Reward(function="obedient:obey", deadline_s=60.0)}, workers=2, search_path=[folder]) as judge:
+        first = judge.ask([(prompt, "value 1"), (prompt, "sleep")])
+        assert obey(judge, "value 0")[0].value == 0.0  # the other two are with a worker each: a batch would share its worker's fate
+        then = [judge.ask([(prompt, f"value {i}") for i in range(n)]) for n in range(20)]
+        found = [[verdict["obey"].value for verdict in call.result(timeout=30)] for call in then]
+        assert found == [list(range(n)) for n in range(20)]
+        assert not first.done()
+
+
+def test_many_threads_may_ask(judge: Judge) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda n: obey(judge, *[f"value {n}"] * 50), range(40)))
+    assert found == [[Verdict(float(n), None)] * 50 for n in range(40)]
+
+
+def test_what_ends_the_judge_reaches_those_who_wait(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(worker: object) -> None:
+        raise OSError("no space left for a process")
+
+    monkeypatch.setattr(judge, "_start", full)
+    for orders in (["die", "value 1"], ["value 2"]):
+        with pytest.raises(OSError, match="no space left for a process"):
+            judge.ask([(Prompt("p", "q"), order) for order in orders]).result(timeout=30)
 
 
 def test_closing_ends_the_workers(folder: Path) -> None:

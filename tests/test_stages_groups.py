@@ -1,6 +1,7 @@
 """Groups under way over a whole stage, with an engine whose answers are a function of seeds alone: nobody is lost, nobody counted twice."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,9 +9,10 @@ import torch.distributed as dist
 
 from r1mega.config.stages import Grpo
 from r1mega.data.prompts import Prompt
+from r1mega.rewards.judge import Verdict
 from r1mega.rollout.ask import Question
-from r1mega.rollout.engine import Request, Sample, SamplingParams, joined
-from r1mega.stages.groups import Group, Groups, leaves_nothing
+from r1mega.rollout.engine import Drawn, Request, Sample, SamplingParams, ignored, joined
+from r1mega.stages.groups import Group, Groups, Verdicts, leaves_nothing
 
 CAP, SEGMENT = 40, 7
 
@@ -29,9 +31,12 @@ class Fake:
     version: int = 0
     asked: list[Request] = field(default_factory=list)
 
-    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+    def start(self, requests: Sequence[Request], sampling: SamplingParams, drawn: Drawn = ignored) -> Callable[[], list[Sample]]:
         self.asked += requests
-        return lambda: [self._sample(one) for one in requests]
+        samples = [self._sample(one) for one in requests]
+        for place in reversed(range(len(samples))):
+            drawn(place, samples[place])
+        return lambda: samples
 
     def _sample(self, one: Request) -> Sample:
         whole = [3 + (one.seed + place) % 50 for place in range(one.seed % (2 * CAP))] + [2]
@@ -59,9 +64,16 @@ def stage(**changes: object) -> Grpo:
     )
 
 
+def judged(kind: str, question: Question, samples: Sequence[Sample]) -> "Future[Verdicts]":
+    """Their lengths."""
+    done = Future[Verdicts]()
+    done.set_result([{"length": Verdict(float(len(sample.response_ids)), None)} for sample in samples])
+    return done
+
+
 def groups(settings: Grpo) -> Groups:
     questions = [Question(Prompt(f"p{index}", "?"), (5, 6, 7 + index)) for index in range(64)]
-    return Groups(settings, {"sums": questions}, (2,), 1, "zero")
+    return Groups(settings, {"sums": questions}, (2,), 1, "zero", judged)
 
 
 def rollouts(settings: Grpo, first: int = 0, fake: Fake | None = None) -> list[list[Group]]:
@@ -92,6 +104,25 @@ def test_every_group_is_trained_on_once_and_in_time() -> None:
     spans = {len(sample.versions) for rollout in taken for group in rollout for sample in group.samples}
     assert {1, 2} <= spans <= {1, 2, 3}
     assert any(one.max_new_tokens == SEGMENT for one in fake.asked) and any(one.begun >= SEGMENT for one in fake.asked)
+
+
+@pytest.mark.parametrize("changes", [{}, {"partial": None}])
+def test_a_group_is_judged_with_its_last_sample_and_once(changes: dict[str, object]) -> None:
+    calls: list[str] = []
+
+    def judge(kind: str, question: Question, samples: Sequence[Sample]) -> "Future[Verdicts]":
+        calls.append(question.prompt.id)
+        return judged(kind, question, samples)
+
+    settings, fake = stage(**changes), Fake()
+    questions = [Question(Prompt(f"p{index}", "?"), (5, 6, 7 + index)) for index in range(64)]
+    under_way = Groups(settings, {"sums": questions}, (2,), 1, "zero", judge)
+    for update in range(0, settings.updates, settings.updates_per_rollout):
+        under_way.begin(fake, update)
+        for group in under_way.take(fake, update):
+            assert group.verdicts is not None
+            assert group.verdicts.result() == judged("sums", group.question, [one for one in group.samples if one]).result()
+    assert len(calls) == len(set(calls)) == 40
 
 
 def test_responses_drawn_in_pieces_are_those_drawn_at_once() -> None:

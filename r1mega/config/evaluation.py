@@ -1,5 +1,7 @@
 """Benchmarks and what must hold on them."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from r1mega.config.base import Closed, EqualFunction, ExtractFunction, FilePath, RewardFunction
@@ -41,6 +43,9 @@ class Suite(Closed):
         description="weighted means: name of a measure -> import path of `f(prompt, response) -> float`, what its value counts for",
     )
     rating: Rating | None = Field(None, description="codeforces: also compute a rating and its percentile")
+    truncated: Literal["wrong", "judged"] = Field(
+        "wrong", description="what an answer is that the length cap cut: wrong, and without a vote, or judged by its text as it stands"
+    )
     not_judged_limit: float = Field(0.01, ge=0, le=1, description="the run stops when a larger share of the answers is not judged")
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
-"""From a YAML file and `key=value` overrides to a checked Recipe, and back to `resolved.yaml`."""
+"""From a YAML file, overlays and `key=value` overrides to a checked Recipe, and back to `resolved.yaml`."""
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +36,12 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Override:
-    """One `key.path=value` of a command line."""
+    """One `key.path=value` of a command line, or of an overlay; `text` names either. `folder`: what its paths are relative to."""
 
     path: str
     value: Any
     text: str
+    folder: Path
 
     def covers(self, path: str) -> bool:
         """Whether a key path is this override's or lies below it."""
@@ -48,16 +49,20 @@ class Override:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), inputs: bool = True, only: str | None = None) -> Recipe:
-    """Read a recipe, apply `key.path=value` overrides (values are YAML), make its paths absolute and check it.
+    """Read a recipe, apply overrides, make its paths absolute and check it.
+
+    An override is `key.path=value` (values are YAML) or the path of an overlay, a YAML file with keys of a recipe: mappings are merged
+    into the recipe's, everything else takes the place of what is there. `stages.*.optimizer.offload` is that key of every stage with an
+    `optimizer`. They are applied in order.
 
     Without `inputs`, its files and folders need not be on this machine. With `only`, the name of a stage, that one alone must suit
     `run.ranks`: the others run elsewhere.
 
-    Paths in the file are relative to the file, paths in overrides to the working directory.
+    Paths in a file are relative to the file, paths in overrides to the working directory.
     Raises UserError, one line, for anything the recipe says that cannot be run.
     """
     path = Path(path)
-    recipe = _load(Recipe, path, [_parse_override(text) for text in overrides])
+    recipe = _load(Recipe, path, [override for text in overrides for override in _overrides(text)])
     check(recipe, str(path), inputs, only)
     return recipe
 
@@ -108,10 +113,11 @@ def dump_resolved(recipe: Recipe) -> str:
 
 def _load(cls: type[C], path: Path, overrides: list[Override]) -> C:
     data = _read(path)
+    overrides = [one for override in overrides for one in _each_stage(data, override)]
     for override in overrides:
         _apply(data, override)
     if cls is Recipe:
-        suites.expand(data, str(path), lambda key: Path.cwd() if any(found.covers(key) for found in overrides) else path.parent)
+        suites.expand(data, str(path), lambda key: _folder(key, overrides, path.parent))
     return _build(cls, data, str(path), path.parent, overrides)
 
 
@@ -135,8 +141,7 @@ def _build(cls: type[C], data: dict[Any, Any], source: str, folder: Path, overri
     def absolute(path: str, mark: PathMark, value: str) -> str:
         if mark.names_stage and value in names:
             return value
-        base = Path.cwd() if any(override.covers(path) for override in overrides) else folder
-        return os.path.abspath(base / Path(value).expanduser())
+        return os.path.abspath(_folder(path, overrides, folder) / Path(value).expanduser())
 
     config = tree.rewritten(config, absolute)
     if not isinstance(config, Recipe):
@@ -148,8 +153,40 @@ def _build(cls: type[C], data: dict[Any, Any], source: str, folder: Path, overri
 def _parse_override(text: str) -> Override:
     path, equals, value = text.partition("=")
     if not equals or not path or not all(path.split(".")):
-        raise UserError(f"override {text!r}: expected key.path=value, such as stages.zero.updates=100")
-    return Override(path, yaml.parse(value, f"override {text!r}"), text)
+        raise UserError(f"override {text!r}: expected key.path=value, such as stages.zero.updates=100, or a YAML file of keys")
+    return Override(path, yaml.parse(value, f"override {text!r}"), text, Path.cwd())
+
+
+def _overrides(text: str) -> list[Override]:
+    """What one argument changes: a key, or the keys of an overlay."""
+    if "=" in text or Path(text).suffix not in (".yaml", ".yml"):
+        return [_parse_override(text)]
+    return list(_leaves(_read(Path(text)), "", text, Path(text).parent))
+
+
+def _leaves(data: dict[Any, Any], path: str, text: str, folder: Path) -> Iterator[Override]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value and all(isinstance(below, str) for below in value):
+            yield from _leaves(value, f"{path}{key}.", text, folder)
+        else:
+            yield Override(f"{path}{key}", value, text, folder)
+
+
+def _each_stage(data: dict[Any, Any], override: Override) -> list[Override]:
+    """`stages.*.part.key` stands for that key of every stage that has such a part."""
+    if not override.path.startswith("stages.*."):
+        return [override]
+    below = override.path.removeprefix("stages.*.")
+    part, stages = below.partition(".")[0], data.get("stages")
+    found = [name for name, stage in stages.items() if isinstance(stage, dict) and part in stage] if isinstance(stages, dict) else []
+    if not found:
+        raise UserError(f"override {override.text!r}: no stage of this recipe has {part!r}")
+    return [replace(override, path=f"stages.{name}.{below}") for name in found]
+
+
+def _folder(path: str, overrides: Sequence[Override], folder: Path) -> Path:
+    """What a path at some key is relative to: the working directory, or its file's folder."""
+    return next((override.folder for override in reversed(overrides) if override.covers(path)), folder)
 
 
 def _apply(data: dict[Any, Any], override: Override) -> None:

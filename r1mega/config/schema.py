@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from r1mega.config.base import Closed, FolderPath
+from r1mega.config.deadlines import Deadlines
 from r1mega.config.layout import Layout
 from r1mega.config.rollout import Rollout
 from r1mega.config.stages import Stage
@@ -19,8 +20,9 @@ class Run(Closed):
 
     platform: Literal["cpu", "cuda"] = Field("cpu", description="what ranks compute on")
     ranks: int = Field(1, ge=1, description="processes that r1mega run starts on this machine")
-    judges: int = Field(1, ge=1, description="processes beside rank 0 that judge responses")
+    judges: int = Field(1, ge=1, description="processes that judge responses, beside every rank")
     threads_per_rank: int = Field(1, ge=1, description="BLAS threads of each process on a CPU")
+    deadlines: Deadlines = Field(default_factory=Deadlines, description="how long ranks may be in a phase before the run hangs")
 
 
 class Recipe(Closed):

@@ -56,6 +56,9 @@ class RuleReward(Reward):
     """A function that judges the responses to some of the prompt sets."""
 
     prompts: list[str] | None = Field(None, description="names of the prompt sets whose responses it judges; left out: all")
+    truncated: float | None = Field(
+        0.0, description="value of a response that the length cap cut, which is not finished however it reads; null: judge its text"
+    )
 
 
 class ModelReward(Closed):
@@ -68,6 +71,9 @@ class ModelReward(Closed):
     )
     scale: Literal["probability", "logit"] = Field(
         "probability", description="probability: the sigmoid of the score; logit: the score itself"
+    )
+    truncated: float | None = Field(
+        0.0, description="value of a response that the length cap cut, which is not finished however it reads; null: score its text"
     )
 
 

@@ -80,15 +80,62 @@ class Optimizer(Closed):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; norms and biases are exempt")
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
     distributed: bool = Field(True, description="shard optimizer states over data-parallel ranks (ZeRO-1)")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of both moments; bfloat16: DeepSeek-V3's (arXiv 2412.19437, section 3.3.3); CUDA only"
+    )
+    main_params: Literal["float32", "float16"] = Field("float32", description="dtype of the master copy of bfloat16 weights; CUDA only")
+    main_grads: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype in which gradients are added up over micro-batches and ranks; CUDA only"
+    )
+    offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the optimizer's states that live on the host, where AdamW steps them; their moments are float32; CUDA only",
+    )
+
+    @property
+    def precision_aware(self) -> bool:
+        """Whether Megatron-Core's optimizer with dtypes of its own is needed; offloading goes through it as well."""
+        return self.reduced or self.offload > 0
+
+    @property
+    def reduced(self) -> bool:
+        """Whether anything of it is kept in less than float32."""
+        return (self.moments, self.main_params, self.main_grads) != ("float32", "float32", "float32")
+
+    @model_validator(mode="after")
+    def _states_can_be_kept_so(self) -> "Optimizer":
+        if self.precision_aware and not self.distributed:
+            raise ValueError(
+                "moments, main_params, main_grads and offload are of Megatron-Core's distributed optimizer; use distributed: true"
+            )
+        if self.offload > 0 and (self.moments, self.main_params) != ("float32", "float32"):
+            raise ValueError(
+                f"offload={self.offload:g}: Megatron-Core keeps the states of an offloaded optimizer in float32, on the GPU as well; use "
+                "moments and main_params float32, or offload 0"
+            )
+        return self
 
 
 class Train(Closed):
     """How a training step is executed."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations; gradients are float32")
-    fp8: Literal["none", "blockwise", "tensorwise", "mxfp8"] = Field("none", description="Transformer Engine's FP8 recipe; CUDA only")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations")
+    fp8: Literal["none", "blockwise", "tensorwise", "mxfp8"] = Field(
+        "none",
+        description="Transformer Engine's FP8 recipe; blockwise: DeepSeek-V3's, 128 x 128 weights and 1 x 128 activations; tensorwise: "
+        "current scaling; mxfp8: 1 x 32, on Blackwell; CUDA only",
+    )
     chunk_tokens: int = Field(4096, ge=8, description="tokens of one packed micro-batch; the longest sequence must fit")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activation recomputation; selective: norms, latent attention's up projections and dense MLPs"
+    )
+    dispatcher: Literal["alltoall", "deepep"] = Field(
+        "alltoall",
+        description="how tokens reach their experts; deepep: DeepEP's kernels, once to each node, where ep or tp is above 1; CUDA only",
+    )
+    overlap: bool = Field(False, description="reduce gradients over data-parallel ranks while the backward pass still runs")
     logprob_chunk: int = Field(2048, ge=1, description="tokens whose logits exist at once when log-probs are computed")
     router_bias_rate: float = Field(0.0, ge=0, description="update rate of the router's expert bias (V3: 1e-3 in pre-training, 0 in RL)")
     aux_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise expert-balance loss (V3: 1e-4 in pre-training)")

@@ -63,13 +63,20 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 def parse(text: str, source: str) -> Any:
     """The value that YAML text describes; UserError with `source`, line and column when it is malformed."""
     try:
-        return yaml.load(text, _Loader)
+        return _unshared(yaml.load(text, _Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{source}: {where}{error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+def _unshared(value: Any) -> Any:
+    """Where the text has an alias, a copy: an override of one stage must not change another that is written like it."""
+    if isinstance(value, dict):
+        return {key: _unshared(below) for key, below in value.items()}
+    return [_unshared(below) for below in value] if isinstance(value, list) else value
 
 
 def read(path: Path) -> Any:

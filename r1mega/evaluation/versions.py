@@ -34,6 +34,7 @@ def version(suite: Suite, prompts: Sequence[Prompt]) -> dict[str, str]:
         "prompts": _digest(json.dumps([_plain(prompt) for prompt in prompts], sort_keys=True, default=str)),
         "template": f"r1_zero {_digest(R1_ZERO)}" if suite.prompts.template == "r1_zero" else suite.prompts.template,
         "sampling": ", ".join(f"{name} {at(value, 0):.12g}" for name, value in settings.items()),
+        "truncated": suite.truncated,
     }
     libraries: set[str] = set()
     for name, path in functions.items():

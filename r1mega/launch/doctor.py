@@ -25,6 +25,7 @@ from r1mega.config.base import FunctionMark
 from r1mega.config.loading import load_recipe
 from r1mega.config.rollout import Sglang
 from r1mega.config.schema import Recipe
+from r1mega.config.stages import Evaluate, Rejection
 from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline.preflight import check_contents, check_references
@@ -58,7 +59,7 @@ def examine(recipe_path: Path | None, overrides: Sequence[str], quick: bool) -> 
     """Look at everything; with a recipe, at whether it can run here. `quick` leaves out the two ranks that talk to each other."""
     recipe = load_recipe(recipe_path, overrides, inputs=False) if recipe_path else None
     cuda = recipe is not None and recipe.run.platform == "cuda"
-    found = [_python(), *_core(), *_devices(recipe), _transformer_engine(cuda), _apex(), _deep_ep()]
+    found = [_python(), *_core(), *_devices(recipe), _transformer_engine(cuda), _apex(), _deep_ep(recipe)]
     found += [_sglang(recipe), _nemo_run(), _sandbox(recipe), _slurm(), _container()]
     if not quick and all(finding.state == "ok" for finding in found if finding.needed):
         found.append(_two_ranks("cuda" if cuda else "cpu"))
@@ -156,7 +157,7 @@ def _transformer_engine(needed: bool) -> Finding:
 
 
 def _apex() -> Finding:
-    costs = "gradients are accumulated by a kernel of their own (gradient_accumulation_fusion is off): slower steps, the same numbers"
+    costs = "nothing: fused layers, optimizer and gradient accumulation are Transformer Engine's"
     fix = "build NVIDIA's from source, as the Dockerfile does; the `apex` of the package index is something else"
     # The kernel that Megatron-Core calls, from NVIDIA's Apex built with its CUDA extensions; no other package has it.
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None:
@@ -168,10 +169,13 @@ def _apex() -> Finding:
     return Finding("Apex", "wrong", found, False, costs, fix)
 
 
-def _deep_ep() -> Finding:
+def _deep_ep(recipe: Recipe | None) -> Finding:
+    stages = () if recipe is None else recipe.stages.values()
+    asked = any(not isinstance(stage, Rejection | Evaluate) and stage.train.dispatcher == "deepep" for stage in stages)
     there = importlib.util.find_spec("deep_ep") is not None
-    costs = "experts on other nodes are reached by NCCL's all-to-all, which is slower"
-    return Finding("DeepEP", "ok" if there else "missing", "", False, costs, "https://github.com/deepseek-ai/DeepEP")
+    costs = "no train.dispatcher=deepep: experts on other nodes are reached by NCCL's all-to-all, which is slower"
+    fix = "pip install --no-build-isolation git+https://github.com/deepseek-ai/DeepEP"
+    return Finding("DeepEP", "ok" if there else "missing", "", asked, costs, fix)
 
 
 def _sglang(recipe: Recipe | None) -> Finding:

@@ -23,7 +23,7 @@ def transformer_config(arch: Architecture, layout: Layout, train: Train) -> Tran
     Weights are not initialised: every parameter is loaded, or drawn by `model.initialize` from its canonical name, so that
     a model is the same under every layout.
     """
-    fields = _common(arch, layout, train) | platform.active().config_overrides(train.fp8)
+    fields = _common(arch, layout, train) | platform.active().config_overrides(arch, layout, train)
     if arch.moe is not None:
         fields |= _moe(arch, layout, train)
     if arch.mla is None:

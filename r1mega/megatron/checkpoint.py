@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from r1mega import heartbeat
 from r1mega.errors import UserError
 from r1mega.megatron.policy import Policy
 from r1mega.process import die_with_parent
@@ -54,6 +55,7 @@ class Checkpoints:
         self._calls = AsyncCallsQueue()
         self._writing = ""
 
+    @heartbeat.phase("save")
     def save(self, name: str, state: Mapping[str, Any], reference: list[Tensor] | None) -> None:
         """Write `folder/name`, after the one before is written.
 
@@ -84,6 +86,7 @@ class Checkpoints:
         """Let a checkpoint appear if every rank has written it."""
         self._finish(blocking=False)
 
+    @heartbeat.phase("save")
     def wait(self) -> None:
         """Return when the last checkpoint has appeared."""
         self._finish(blocking=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.layout import Layout
+from r1mega.config.training import Optimizer, Train
 from r1mega.errors import UserError
 from r1mega.weights.architecture import Architecture, Moe
 
@@ -69,10 +70,23 @@ def trained(arch: Architecture, layout: Layout, mtp_loss: float) -> tuple[Archit
     return replace(arch, mtp_layers=0), layout.model_copy(update={"pipeline": layout.pipeline and layout.pipeline.replace("m", "")})
 
 
-def check_fp8(platform: str, fp8: str) -> None:
-    """UserError for FP8 on a platform without tensor cores."""
-    if platform == "cpu" and fp8 != "none":
-        raise UserError(f"train.fp8={fp8} needs run.platform=cuda; on a CPU use fp8=none")
+def check_platform(platform: str, train: Train, optimizer: Optimizer | None = None) -> None:
+    """UserError for what only GPUs, or Megatron-Core's optimizers for them, can do."""
+    if platform == "cuda":
+        return
+    if train.fp8 != "none":
+        raise UserError(f"train.fp8={train.fp8} needs run.platform=cuda; on a CPU use fp8=none")
+    if train.dispatcher != "alltoall":
+        raise UserError(f"train.dispatcher={train.dispatcher} needs run.platform=cuda; on a CPU use alltoall")
+    if optimizer is not None and optimizer.offload > 0:
+        raise UserError(
+            f"optimizer.offload={optimizer.offload:g} needs run.platform=cuda: on a CPU the states are on the host already; use 0"
+        )
+    if optimizer is not None and optimizer.reduced:
+        raise UserError(
+            "optimizer.moments, main_params and main_grads below float32 need run.platform=cuda: Megatron-Core has no such optimizer for "
+            "a CPU; use float32"
+        )
 
 
 def pad_to(layout: Layout) -> int:

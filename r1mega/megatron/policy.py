@@ -11,18 +11,20 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
 from r1mega.data.packing import ROUTED, ROUTING, PackedBatch, TokenSequence, context_parallel_index, pack, plan_chunks
 from r1mega.megatron import architecture, head, limits, model, offload, topology
 from r1mega.megatron.exchange import Exchange
+from r1mega.megatron.optimizer import optimizer_config, reduction_config
 from r1mega.megatron.replay import Replay, RoutedPacking
 from r1mega.planner.flops import forward_flops
 from r1mega.weights.architecture import Architecture
@@ -220,7 +222,8 @@ class Policy:
         # Megatron-Core updates the router biases with the gradients, before anyone has looked at these.
         biases = {key: weight.clone() for key, weight in self.weights.items() if not weight.requires_grad}
         try:
-            return self._descend(batches, lose, lr)
+            with heartbeat.phase("train"):
+                return self._descend(batches, lose, lr)
         except NotFinite:
             for key, bias in biases.items():
                 self.weights[key].copy_(bias)
@@ -356,35 +359,14 @@ class Policy:
             settings = self.optimizer_settings
             if settings is None:
                 raise RuntimeError("this policy was built without an optimizer")
-            ddp = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=settings.distributed,
-                overlap_grad_reduce=False,
-                check_for_nan_in_grad=False,
-            )
+            ddp = reduction_config(settings, self.train)
             self._wrapped = [
                 DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(self.chunks)
             ]
             weakref.finalize(self, _release, self._wrapped).atexit = False
             self.config.finalize_model_grads_func = _finalize
             self.config.no_sync_func = [chunk.no_sync for chunk in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
-            self._optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=settings.lr,
-                    min_lr=settings.lr if settings.min_lr is None else settings.min_lr,
-                    weight_decay=settings.weight_decay,
-                    adam_beta1=settings.beta1,
-                    adam_beta2=settings.beta2,
-                    adam_eps=settings.eps,
-                    clip_grad=settings.clip_grad,
-                    bf16=self.train.dtype == "bfloat16",
-                    params_dtype=architecture.DTYPES[self.train.dtype],
-                    use_distributed_optimizer=settings.distributed,
-                ),
-                self._wrapped,
-                use_gloo_process_groups=False,
-            )
+            self._optimizer = get_megatron_optimizer(optimizer_config(settings, self.train), self._wrapped, use_gloo_process_groups=False)
         return self._optimizer
 
     def _apply(self, optimizer: Any, lr: float) -> float:

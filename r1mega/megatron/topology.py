@@ -1,9 +1,12 @@
 """Megatron-Core's process groups for a layout."""
 
+import math
+
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from r1mega.config.layout import Layout
+from r1mega.megatron import platform
 from r1mega.megatron.limits import MEGATRON_VERSION as MEGATRON_VERSION
 from r1mega.megatron.limits import check as check
 
@@ -26,6 +29,7 @@ def connect(layout: Layout) -> None:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(platform.patience().total_seconds() / 60),
     )
 
 

@@ -14,11 +14,14 @@ from r1mega import env
 from r1mega.config.loading import load_recipe
 from r1mega.errors import UserError
 from r1mega.pipeline import files
+from r1mega.pipeline.hangs import HUNG, Verdict, Watch
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, check_belongs, claimed
 from r1mega.process import die_with_parent
 
 _GRACE_S = 20.0
+_RESTART_S = 600.0
+"""In which torchrun has met the other nodes again, and the new ranks have imported what they begin with."""
 _TURN_S = 0.5
 WORKER = "r1mega.pipeline.worker"
 """What torchrun starts on every rank."""
@@ -35,7 +38,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         worker: module that torchrun starts on every rank.
 
     Returns:
-        Exit code: 0 finished, 1 failed (the traceback of the first rank that failed is on stderr), 128 + N stopped by signal N.
+        Exit code: 0 finished, 1 failed (the traceback of the first rank that failed is on stderr), 128 + N stopped by signal N, `HUNG`.
 
     Raises:
         UserError: the recipe, the folder or the input of a stage cannot be used.
@@ -54,11 +57,15 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             return 0
         directory.write_summary("running")
         arguments = ["--standalone", "--nproc-per-node", str(recipe.run.ranks), "-m", worker, str(directory.path)]
-        code = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments).wait()
-        stopped = code > 128
+        watch = Watch(directory.logs, recipe.run.deadlines, recipe.run.ranks)
+        ranks = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments, watch)
+        code = ranks.wait()
+        stopped = code > 128 or code == HUNG
         directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
         if code == 0:
             print(f"finished in {time.monotonic() - begin:.1f} s: {path}")
+        elif ranks.hung is not None:
+            print(f"{ranks.hung.line}; the same command goes on from the last checkpoint: {path}", file=sys.stderr)
         elif stopped:
             name = signal.Signals(code - 128).name
             print(f"stopped by {name}; the same command goes on from the last checkpoint: {path}", file=sys.stderr)
@@ -85,10 +92,16 @@ class Ranks:
         recipe_folder: Path,
         locks: tuple[int, ...],
         arguments: Sequence[str],
+        watch: Watch,
+        restarts: int = 0,
         saving: Saving | None = None,
         log_name: str = "torchrun.log",
     ) -> None:
+        """`restarts` is how often torchrun, by its own arguments, starts ranks that have died anew."""
         settings = directory.recipe.run
+        self.hung: Verdict | None = None
+        """Why the ranks were ended in the end, where they hung."""
+        self._watch, self._restarts = watch, restarts
         self._received: int | None = None
         self._saving = saving
         logs = saving.stop_file.parent if saving else directory.logs
@@ -129,9 +142,13 @@ class Ranks:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
             code = None
-            while code is None and self._received is None:
+            while code is None and self._received is None and self.hung is None:
                 meanwhile()
                 code = self._ended(_TURN_S)
+                if code is None:
+                    self._look()
+            if self.hung is not None:
+                return HUNG
             # A signal can arrive while the last look is under way, and the ranks be gone before it ends: still a stopped run.
             if self._received is None or code == 0:
                 return 1 if code else 0
@@ -154,6 +171,23 @@ class Ranks:
                 signal.signal(sign, signal.SIG_IGN if self._saving and sign in self._saving.signals else handler)
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a rank that was killed while its display was live left the cursor hidden
+
+    def _look(self) -> None:
+        """At a hang the watch ends the ranks; torchrun then starts them again in place, or ends as well."""
+        verdict = self._watch.look()
+        if verdict is None:
+            return
+        end = time.monotonic() + (_RESTART_S if self._restarts else _GRACE_S)
+        while (code := self._ended(0.5)) is None and not self._watch.begun and time.monotonic() < end:
+            pass
+        if self._watch.begun:
+            if self._watch.leads:
+                print(f"{verdict.line}; its ranks are started again", file=sys.stderr, flush=True)
+            return
+        self.hung = verdict
+        if code is None:
+            self._process.kill()
+            self._process.wait()
 
     def _ended(self, seconds: float) -> int | None:
         """Torchrun's exit code, None where it still runs after so many seconds."""

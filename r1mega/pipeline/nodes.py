@@ -20,8 +20,9 @@ ALONE = Task(node=0, nodes=1, job="", restart=0)
 _MEET_S = 1800.0
 """The first node reads weights' headers and every prompt before it opens the meeting."""
 
-Outcome = Literal["finished", "stopped", "refused", "failed"]
-"""`stopped`: by a signal, to go on later; `refused`: a UserError, which another attempt would meet again."""
+Outcome = Literal["finished", "stopped", "hung", "refused", "failed"]
+"""`stopped`: by a signal, to go on later; `hung`: ended for it, to go on later; `refused`: a UserError, which another attempt would meet
+again."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from r1mega.config.evaluation import Suite
 from r1mega.config.prompts import PromptSet
 from r1mega.config.schema import Recipe
 from r1mega.config.stages import Distill, Evaluate, Grpo, Preference, Pretrain, Rejection, Sft, Stage
+from r1mega.config.training import Optimizer
 from r1mega.config.tree import marked
 from r1mega.data.chats import check_dataset
 from r1mega.errors import UserError
@@ -108,10 +109,15 @@ def _check_layout(recipe: Recipe, stage: Stage, arch: "Architecture") -> None:
         return
     layout = stage.layout or recipe.layout
     limits.check(arch, layout, recipe.run.ranks)
-    limits.check_fp8(recipe.run.platform, stage.train.fp8)
+    for optimizer in _optimizers(stage):
+        limits.check_platform(recipe.run.platform, stage.train, optimizer)
     arch, layout = limits.trained(arch, layout, stage.train.mtp_loss)
     check_layout(arch, layout)
     stages(arch, layout)
+
+
+def _optimizers(stage: Pretrain | Sft | Preference | Distill | Grpo) -> list[Optimizer]:
+    return [phase.optimizer for phase in stage.phases] if isinstance(stage, Pretrain) else [stage.optimizer]
 
 
 def _check_reward_model(recipe: Recipe, policy: "Architecture", reference: str, inputs: bool) -> None:
@@ -152,6 +158,9 @@ def check_contents(recipe: Recipe, only: str | None = None, local_ranks: int | N
         from r1mega.megatron.platform import cuda
 
         cuda.require(local_ranks or recipe.run.ranks)
+        for name, stage in _chosen(recipe, only):
+            if not isinstance(stage, Evaluate | Rejection):
+                cuda.check(stage.train, f"stages.{name}.")
     folders: dict[Path, ModelFolder] = {}
     lengths: dict[tuple[Path, str, int], int] = {}
     for name, stage in _chosen(recipe, only):

@@ -261,9 +261,12 @@ def _has_results(path: Path) -> bool:
 
 
 def _ordered(recipe: Recipe) -> dict[str, Any]:
-    """What must stay for a run to go on. The number of its ranks and their layout need not: a checkpoint loads under any."""
+    """What must stay for a run to go on. The number of its ranks and their layout need not: a checkpoint loads under any.
+
+    Nor need deadlines: one that was too short is mended so.
+    """
     plain = recipe.model_dump()
-    del plain["layout"], plain["run"]["ranks"]
+    del plain["layout"], plain["run"]["ranks"], plain["run"]["deadlines"]
     for stage in plain["stages"].values():
         del stage["layout"]
     # Stages run in the order of the file, which comparing dictionaries does not see.

@@ -15,6 +15,7 @@ from r1mega.config.loading import load_recipe
 from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline import nodes
+from r1mega.pipeline.hangs import HUNG, Watch
 from r1mega.pipeline.launcher import WORKER, Ranks, Saving, explain_failure, first_refusal
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, joined
@@ -43,7 +44,7 @@ def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None,
     `run.ranks` is the number of ranks on all nodes. SIGUSR1, and in a Slurm step SIGTERM, ask the ranks to save and leave.
 
     Returns:
-        Exit code as `run`; 128 + N also when the stage was saved and left after signal N.
+        Exit code as `run`, `HUNG` where all restarts in place are used up; 128 + N also when the stage was saved and left after signal N.
 
     Raises:
         UserError: as `run`; or there is no such stage, what it reads is not finished, the ranks do not divide over the nodes.
@@ -69,6 +70,7 @@ class _StageTask:
 
     def __init__(self, directory: RunDirectory, recipe_path: Path, task: env.Task, alone: Alone, worker: str) -> None:
         self._directory, self._folder, self._task, self._alone, self._worker = directory, recipe_path.parent.absolute(), task, alone, worker
+        self._hung = ""
         self._logs = nodes.folder_of(directory.logs, alone.stage, task)
         self._allocation = Allocation(task.node, task.nodes - alone.engine_nodes, alone.engine_nodes, alone.gpus_per_node)
         # Slurm's SIGTERM announces the end of a preempted job or of its time: the same as SIGUSR1, which it sends ahead of that.
@@ -89,6 +91,8 @@ class _StageTask:
             code = 0 if name in directory.finished() else self._run(nodes.open_meeting(self._logs), locks)
             if code > 128:
                 outcome, reason = "stopped", _signal_name(code)
+            elif code == HUNG:
+                outcome, reason = "hung", self._hung
             elif code == 0:
                 outcome = "finished"
                 print(f"{name}: finished in {time.monotonic() - begin:.1f} s: {directory.stage_dirs[name]}")
@@ -153,7 +157,9 @@ class _StageTask:
         arguments = meeting.torchrun(trainers, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
         arguments += ["-m", self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
-        ranks = Ranks(directory, self._folder, locks, arguments, Saving(self._signals, stop_file, self._alone.grace_s), log)
+        settings, saving = directory.recipe.run, Saving(self._signals, stop_file, self._alone.grace_s)
+        watch = Watch(self._logs, settings.deadlines, settings.ranks // allocation.trainers, task.node, allocation.trainers)
+        ranks = Ranks(directory, self._folder, locks, arguments, watch, self._alone.restarts, saving, log)
         if allocation.nodes == 1:
             code = ranks.wait()
         else:
@@ -161,6 +167,11 @@ class _StageTask:
                 code = ranks.wait(keeper.look)
         if name in directory.finished():
             return 0
+        if ranks.hung is not None:
+            self._hung = ranks.hung.line
+            if watch.leads:
+                print(f"{self._hung}; the next attempt goes on from the last checkpoint", file=sys.stderr)
+            return code
         refusal = first_refusal(self._logs)
         if refusal is not None:
             # Whatever else happened: Slurm ends the other nodes when the first one has failed.

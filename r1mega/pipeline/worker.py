@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 
-from r1mega import env
+from r1mega import env, heartbeat
 from r1mega.errors import UserError
 from r1mega.pipeline import artifacts, files
 from r1mega.pipeline.context import StageContext, StageFunction, Stopped
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from r1mega.rollout.engine import Engine
 
 
+_LATER_S = 600.0
+"""By so much a collective's patience is longer than any phase's deadline: it would say that it waits, but not for whom."""
+
+
 def stage_function(kind: str) -> StageFunction:
     """The driver of a kind of stage. Imported when its turn comes: a run pays for the stages it has."""
     function: StageFunction = importlib.import_module(f"r1mega.stages.{kind}").run
@@ -46,7 +50,8 @@ def started(run: RunDirectory) -> Iterator[Callable[[], Any]]:
 
     from r1mega.megatron import platform
 
-    platform.start(run.recipe.run.platform, run.recipe.run.threads_per_rank)
+    settings = run.recipe.run
+    platform.start(settings.platform, settings.threads_per_rank, settings.deadlines.longest + _LATER_S)
     yield dist.barrier
     # Not after an error: leaving the process group in order would wait for ranks that wait for this one.
     platform.stop()
@@ -66,6 +71,7 @@ def main(
     only, logs = (arguments[1], Path(arguments[2])) if arguments[1:] else (None, path / "logs")
     allocation = Allocation(*map(int, arguments[3:]))
     logs.mkdir(parents=True, exist_ok=True)
+    heartbeat.start(logs / "beats" / (arguments[3] if arguments[3:] else "0") / str(ranks.rank), logs / f"rank{ranks.rank}.stacks")
     terminal = _redirect(logs / f"rank{ranks.rank}.log")
     try:
         run = RunDirectory.open(path)
@@ -89,6 +95,7 @@ def main(
         sys.stderr.flush()
         # No orderly exit: threads and process groups would wait for ranks that wait for this one.
         os._exit(1)
+    heartbeat.end()
     return 0
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
+from r1mega.config.training import Optimizer, Train
 from r1mega.planner.activations import bytes_of, tensors
 from r1mega.planner.communication import expert_seconds
 from r1mega.planner.constants import CONSTANTS
 from r1mega.planner.devices import DEVICES
 from r1mega.planner.engine import Engine, Lengths, engine_weights, rollout_seconds, sync_seconds
-from r1mega.planner.execution import Execution
+from r1mega.planner.execution import Execution, states
 from r1mega.planner.flops import training_flops
 from r1mega.planner.memory import RankMemory, training_memory
 from r1mega.planner.step import step
@@ -33,6 +34,9 @@ PP2_VPP4 = Layout(pp=2, vpp=4, ep=32, pipeline="Et*7|(t*8|)*6t*6mL")
 PP8_VPP4 = Layout(pp=8, vpp=4, ep=32, pipeline="Et*2|(tt|)*22t|(tt|)*7mL")
 PP8_VPP2 = Layout(pp=8, vpp=2, ep=32, pipeline="Et*4|(tttt|)*14tmL")
 PP16 = Layout(pp=16, ep=8, pipeline="E(tttt|)*15tmL")
+BF16 = Train(dtype="bfloat16")
+SHORT = Optimizer(lr=1e-6, moments="bfloat16")
+AWAY = states(Optimizer(lr=1e-6, offload=1.0), BF16)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def rows(v3: Architecture) -> list[Row]:
 
 def _memory(v3: Architecture) -> Iterator[Row]:
     """Stage 2 of 4: the figures are those of its layers, and of 15 chunks of 4 layers in flight."""
-    plain = Execution(LENGTH, LENGTH, permuted_outputs=True)
+    plain = Execution(LENGTH, LENGTH, permuted_outputs=True, **states(Optimizer(lr=1e-6), BF16))
     fp8 = replace(plain, fp8="blockwise")
     found = _stage(v3, plain)
     yield _gib("weights and gradients", 36.4, found.gpu.weights + found.gpu.gradients, 0.05)
@@ -88,7 +92,7 @@ def _memory(v3: Architecture) -> Iterator[Row]:
     yield _gib("saved by recomputing MLA's up projection", 30.4, saved("mla_up_proj", plain), 0.15)
     yield _gib("saved by recomputing SwiGLU", 3.8, saved("moe_act", fp8), 0.15, "after FP8, as the figure's size says")
     yield _gib("saved by recomputing norms", 8.2, saved("layernorm", fp8), 0.15, "after FP8")
-    moments = found.gpu.optimizer * 8 / 12
+    moments = found.gpu.optimizer * 2 * plain.moment_bytes / plain.state_bytes
     yield _gib("saved by offloading both moments", 20.0, moments, 0.15, "published as 15 to 20; against the nearer end")
 
 
@@ -108,11 +112,12 @@ def _throughput(v3: Architecture) -> Iterator[Row]:
     h100: dict[str, Any] = {"recompute": UP | MLP}
     h100_fp8: dict[str, Any] = {**h100, "fp8": "tensorwise"}
     h100_block: dict[str, Any] = {**h100, "fp8": "blockwise"}
-    part: dict[str, Any] = {"graphs": "partial", "grad_overlap": True}
+    overlapped: dict[str, Any] = {"reduce_overlap": True, "gather_overlap": True}
+    part: dict[str, Any] = {"graphs": "partial", **overlapped}
     part_up: dict[str, Any] = {**part, "recompute": UP}
     mx: dict[str, Any] = {**part, "fp8": "mxfp8"}
     full: dict[str, Any] = {**mx, "graphs": "full", "ep_overlap": True}
-    eager: dict[str, Any] = {"fp8": "mxfp8", "grad_overlap": True, "recompute": UP}
+    eager: dict[str, Any] = {"fp8": "mxfp8", **overlapped, "recompute": UP}
     over = {"ep_overlap": True}
     per_token = training_flops(v3, LENGTH) / LENGTH / 1e12
     # (architecture, device, ranks, layout, sequences a step and a micro-batch, execution, published tokens/s/GPU, name, fitted, bound)
@@ -139,7 +144,8 @@ def _throughput(v3: Architecture) -> Iterator[Row]:
         (v3, "b300", 256, PP16, 4096, 1, eager, 2983, "776 MXFP8, 26.02", False, 0.10),
     ]  # fmt: skip
     for arch, device, ranks, layout, sequences, each, settings, published, name, fitted, bound in table:
-        how = Execution(LENGTH * each, LENGTH, moment_bytes=2, **settings)
+        kept = states(SHORT, Train(dtype="bfloat16", fp8=settings.get("fp8", "none")))
+        how = Execution(LENGTH * each, LENGTH, **settings, **kept)
         found = step(arch, layout, ranks, how, sequences // (layout.dp(ranks) * each), DEVICES[device])
         yield Row("throughput of V3", f"{ranks:,} {device.upper()}: {name}", "tok/s/GPU", published, found.tokens_per_second, bound, fitted)
 
@@ -164,7 +170,7 @@ def _footprints(v3: Architecture) -> Iterator[Row]:
     trunk = replace(v3, mtp_layers=0)
     everything = frozenset({"full"})
     verl = Layout(tp=8, pp=12, ep=8, pipeline="Et*5|(t*5|)*10t*6L")
-    found = training_memory(trunk, verl, 96, Execution(6144, 6144, recompute=everything, offload=1.0), 16)
+    found = training_memory(trunk, verl, 96, Execution(6144, 6144, recompute=everything, **AWAY), 16)
     engine = Engine(EngineLayout(tp=32), memory=0.6)
     asleep = engine_weights(trunk, engine)
     # Asleep, the engine keeps its weights on the host (vLLM's level 1); policy and reference are parked there.
@@ -174,7 +180,7 @@ def _footprints(v3: Architecture) -> Iterator[Row]:
     yield Row(group, "verl, 96 H20: peak of a GPU", "GB", 66, peak / 1e9, 0.15)
     yield Row(group, "verl, 96 H20: host memory of a node, mean", "GB", 1500, sum(nodes) / len(nodes) / 1e9, 0.15)
     slime = Layout(tp=8, cp=4, pp=4, ep=32, pipeline="Et*16|t*16|t*16|t*13L")
-    found = training_memory(trunk, slime, 128, Execution(65536, 16384, recompute=everything, offload=1.0), 16)
+    found = training_memory(trunk, slime, 128, Execution(65536, 16384, recompute=everything, **AWAY), 16)
     # Paused, weights and gradients are kept on the host, beside copies of policy and reference (`weights_backuper`).
     host = max(8 * (sum(rank.host.values()) + 3 * rank.gpu.weights + rank.gpu.gradients) for rank in found)
     yield Row(group, "slime, 128 H100: host memory of the fullest node", "GB", 1450, host / 1e9, 0.15, note="published as 1.4 to 1.5 TB")
@@ -188,7 +194,7 @@ def _reinforcement(v3: Architecture) -> Iterator[Row]:
     engine, device = Engine(EngineLayout(tp=32)), DEVICES["h100"]
     lengths = Lengths(prompt=200, mean=701, cap=1536)
     layout = Layout(pp=16, ep=16, pipeline="Ettt|(tttt|)*14ttL")
-    how = Execution(1736, 901, recompute=frozenset({"full"}), moment_bytes=2)
+    how = Execution(1736, 901, recompute=frozenset({"full"}), **states(SHORT, BF16))
     micro_batches = 512 * 901 // (16 * 1736)
     train = step(trunk, layout, 256, how, micro_batches, device).seconds
     total = rollout_seconds(trunk, engine, device, 256, 512, lengths) + 4 / 3 * train

@@ -1,6 +1,6 @@
 """The few numbers that no data sheet gives: how much of a peak is reached. Each names the published rows that it was fitted on.
 
-The rows are in `backtest`, where those that something was fitted on are marked; all others test it. `r1mega plan --backtest` prints them.
+The rows are in `backtest`, where those that something was fitted on are marked; all others test it. `tools/plan_backtest` prints them.
 """
 
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ schedules it.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, erf, exp, gcd, log, prod, sqrt
+from math import ceil, erf, exp, gcd, inf, log, prod, sqrt
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.errors import UserError
@@ -23,12 +23,13 @@ from r1mega.weights.table import Storage
 class Engine:
     """Servers cut as `layout` says. `fp8`: block-FP8 weights where DeepSeek's checkpoints have them.
 
-    `memory`: share of a GPU for weights and key-value cache.
+    `memory`: share of a GPU for weights and key-value cache. `running`: sequences that a server decodes at once, None: as many as fit.
     """
 
     layout: EngineLayout
     fp8: bool = False
     memory: float = 0.8
+    running: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def rollout_seconds(
     mine = ceil(responses / servers)
     expected = lengths.expected()
     room = max(1.0, cache_tokens(arch, engine, device) / (lengths.prompt + expected))
-    together = min(float(mine), room)
+    together = min(float(mine), room, engine.running or inf)
     waves = mine / together - 1
     steady = decode_seconds(arch, engine, device, together, lengths.prompt + expected / 2, constants)
     total, bins = waves * expected * steady, 64

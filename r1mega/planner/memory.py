@@ -142,7 +142,7 @@ def _rank(
     gpu = Memory(
         weights=weights,
         gradients=how.grad_bytes * values.trained,
-        optimizer=owned * how.state_bytes * (1 - how.offload),
+        optimizer=owned * (how.state_bytes + how.step_bytes) * (1 - how.offload),
         activations=sum(count * each.kept(stage) for stage, count in zip(chunks, passes, strict=True)),
         working=each.working_moe if any_moe else each.working_dense,
         dispatch=each.dispatch if any_moe else 0.0,
@@ -150,8 +150,8 @@ def _rank(
         buckets=2 * bucket_bytes,
         runtime=runtime,
     )
-    # An offloaded AdamW computes on the host: its states there, and the gradients that it is sent.
-    host = {"optimizer": owned * how.offload * (how.state_bytes + how.grad_bytes), "weights": copies * weights}
+    # An offloaded AdamW computes on the host: its states there, and the gradients that it is sent, in float32.
+    host = {"optimizer": owned * how.offload * (how.state_bytes + 4), "weights": copies * weights}
     return RankMemory(chunks[0].pp, values, gpu, {name: size for name, size in host.items() if size})
 
 

@@ -44,20 +44,16 @@ SYNC_BUCKET = 2.0**28
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe does not say. `offload`, `moment_bytes`: see `Execution`. `colocated`: engines share the trainer's GPUs, which the
-    trainer leaves while they generate."""
+    """What a recipe does not say."""
 
     device: Device
     gpus: int
     prompt: int = 256
     response: float | None = None
     document: int = 5355
-    offload: float = 0.0
-    moment_bytes: float = 4.0
     imbalance: float = 1.2
     engine_tp: int | None = None
     engine_fp8: bool = False
-    colocated: bool = True
 
 
 @dataclass(frozen=True)
@@ -215,14 +211,13 @@ class _Planner:
         settings = self.settings
         kernels: Literal["te", "local"] = "te" if self.recipe.run.platform == "cuda" else "local"
         imbalance = settings.imbalance if self.arch.moe else 1.0
-        return execution(train, self._optimizer, length, imbalance, settings.offload, settings.moment_bytes, kernels)
+        return execution(train, self._optimizer, length, imbalance, kernels)
 
     @property
-    def _optimizer(self) -> Optimizer | None:
+    def _optimizer(self) -> Optimizer:
         """The stage's, or that of the first phase."""
-        if isinstance(self.stage, Pretrain):
-            return self.stage.phases[0].optimizer
-        return None if isinstance(self.stage, Rejection | Evaluate) else self.stage.optimizer
+        assert not isinstance(self.stage, Rejection | Evaluate)
+        return self.stage.phases[0].optimizer if isinstance(self.stage, Pretrain) else self.stage.optimizer
 
     def _built(self, train: Train) -> tuple[Architecture, Layout]:
         arch = self.arch.scored() if isinstance(self.stage, Preference) else self.arch
@@ -341,9 +336,14 @@ class _Planner:
     # ------------------------------------------------------------ the engine and the host
 
     def _engine(self) -> Engine:
+        """What draws, as far as SGLang's servers go; the embedded engine, of which there is one a rank, is planned as servers too."""
+        rollout = self.recipe.rollout
+        return replace(self._servers(), running=rollout.sglang.max_running_requests if rollout.engine == "sglang" else rollout.batch)
+
+    def _servers(self) -> Engine:
         """As `--engine-tp` says, or the recipe's servers; where neither says anything, the smallest that leave room for a cache."""
         settings, sglang = self.settings, self.recipe.rollout.sglang
-        tp = settings.engine_tp
+        tp, fp8 = settings.engine_tp, settings.engine_fp8 or sglang.block_fp8
         if tp is not None:
             if settings.gpus % tp or not serves(self.arch, tp):
                 near = [size for size in SERVERS if settings.gpus % size == 0 and serves(self.arch, size)]
@@ -351,11 +351,16 @@ class _Planner:
                 raise UserError(
                     f"--engine-tp {tp}: servers of {tp} GPUs do not divide {settings.gpus:,} GPUs or the model; nearest: {nearest}"
                 )
-            return server(self.arch, tp, settings.gpus, settings.engine_fp8)
+            return server(self.arch, tp, settings.gpus, fp8)
         if sglang.layout != EngineLayout():
             check_engine(self.arch, sglang.layout)
-            return Engine(sglang.layout, settings.engine_fp8, sglang.mem_fraction or 0.8)
-        return smallest_engine(self.arch, settings.device, settings.gpus, settings.engine_fp8)
+            if sglang.placement == "colocated" and sglang.layout.ranks > settings.gpus:
+                raise UserError(
+                    f"rollout.sglang.layout: {sglang.layout.servers} servers of {sglang.layout.tp} GPUs are more than the trainer's "
+                    f"{settings.gpus:,}, which they share; {settings.gpus // sglang.layout.tp} servers would do"
+                )
+            return Engine(sglang.layout, fp8, sglang.mem_fraction or 0.8)
+        return smallest_engine(self.arch, settings.device, settings.gpus, fp8)
 
     def _generation(self, engine: Engine) -> Generation:
         weights = engine_weights(self.arch, engine)
@@ -369,7 +374,7 @@ class _Planner:
         per_node = min(self.settings.device.per_node, self.settings.gpus)
         fullest = max(memory, key=lambda rank: sum(rank.host.values()) + rank.gpu.weights + rank.gpu.optimizer)
         host = {name: per_node * size for name, size in fullest.host.items()}
-        if generation is not None and self.settings.colocated:
+        if generation is not None and self.recipe.rollout.sglang.placement == "colocated":
             host["trainer, while engines generate"] = per_node * (fullest.gpu.weights + fullest.gpu.optimizer)
         return host
 
@@ -394,13 +399,13 @@ class _Planner:
 
     def _host_problems(self, host: dict[str, float]) -> list[Problem]:
         needs, has = sum(host.values()), self.settings.device.host
-        return [] if needs <= has else [Problem("node", "host memory", needs, has, "more GPUs, or less on the host (--offload)")]
+        return [] if needs <= has else [Problem("node", "host memory", needs, has, "more GPUs, or a smaller optimizer.offload")]
 
 
 _ADVICE = {
     "weights": "more pp, ep or tp",
     "gradients": "more pp, ep or tp",
-    "optimizer": "--offload, --moments bfloat16, or more GPUs",
+    "optimizer": "optimizer.offload, optimizer.moments=bfloat16, or more GPUs",
     "activations": "train.recompute, a smaller train.chunk_tokens, or more tp or cp",
     "working": "a smaller train.chunk_tokens, or more tp or cp",
     "dispatch": "a smaller train.chunk_tokens, or more tp or cp",

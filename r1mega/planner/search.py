@@ -123,6 +123,9 @@ def rounded(micro_batches: float, layout: Layout) -> int:
 
 @cache
 def _variant(how: Execution, offload: float, recompute: frozenset[str]) -> Execution:
+    """Megatron-Core keeps all states of an optimizer that is partly offloaded in float32."""
+    if offload:
+        how = replace(how, master_bytes=min(how.master_bytes * 2, 4), moment_bytes=4)
     return replace(how, offload=offload, recompute=recompute)
 
 
@@ -133,11 +136,16 @@ def _evaluated(
 
     @cache
     def parts(recompute: frozenset[str]) -> list[Memory]:
-        how_much = _variant(how, 0.0, recompute)
+        """With the optimizer on the GPU, its states as wide as offloading has them."""
+        how_much = _variant(_variant(how, 1.0, recompute), 0.0, recompute)
         return [rank.gpu for rank in training_memory(arch, layout, ranks, how_much, micro_batches, every_stage=False, constants=constants)]
 
+    # Of the states' width, what they have where nothing is offloaded.
+    narrow = how.state_bytes / _variant(how, 1.0, EVERYTHING).state_bytes
+
     def needed(recompute: frozenset[str], offload: float) -> float:
-        return max(gpu.total - offload * gpu.optimizer for gpu in parts(recompute))
+        kept = 1 - offload if offload else narrow
+        return max(gpu.total - (1 - kept) * gpu.optimizer for gpu in parts(recompute))
 
     if needed(EVERYTHING, 1.0) > room:
         worst = max(parts(EVERYTHING), key=lambda gpu: gpu.total - gpu.optimizer)

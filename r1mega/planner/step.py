@@ -54,16 +54,16 @@ def step(
     return Step(
         busy=slowest * micro_batches,
         bubble=mean * micro_batches * bubble(layout.pp, layout.vpp, micro_batches),
-        gradients=0.0 if how.grad_overlap else gradient_seconds(layout, ranks, values, how, device, constants),
+        gradients=gradient_seconds(layout, ranks, values, how, device, constants),
         optimizer=optimizer_seconds(layout, ranks, values, how, device, constants),
         tokens_per_gpu=how.tokens * micro_batches * layout.dp(ranks) / ranks,
     )
 
 
 def gradient_seconds(layout: Layout, ranks: int, values: Values, how: Execution, device: Device, constants: Constants) -> float:
-    """Reduce-scatter of the gradients and all-gather of the weights, not overlapped (ZeRO-1, arXiv 1910.02054)."""
+    """Reduce-scatter of the gradients and all-gather of the weights, as far as they are not overlapped (ZeRO-1, arXiv 1910.02054)."""
     dp, edp = layout.dp(ranks) * layout.cp, layout.edp(ranks)
-    each = how.grad_bytes + how.weight_bytes
+    each = how.grad_bytes * (not how.reduce_overlap) + how.weight_bytes * (not how.gather_overlap)
     dense = ring_seconds(each * values.dense, dp, layout.tp, device, constants)
     return dense + ring_seconds(each * values.expert, edp, layout.etp * layout.ep, device, constants)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from r1mega import heartbeat
 from r1mega.data.prompts import Prompt
 from r1mega.pipeline import ranks
 from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams, Scores, Scoring
@@ -52,8 +53,9 @@ def ask(
         for question in ranks.dealt(questions)
         for index in range(k)
     ]
-    samples = engine.generate(requests, sampling)
-    groups = ranks.collected([samples[start : start + k] for start in range(0, len(samples), k)])
+    with heartbeat.phase("generate"):
+        samples = engine.generate(requests, sampling)
+        groups = ranks.collected([samples[start : start + k] for start in range(0, len(samples), k)])
     return read(questions, groups, tokenizer)
 
 
@@ -72,7 +74,8 @@ def scores(engine: Engine, scorings: Sequence[Scoring], top_k: int) -> list[Scor
 
     Every rank gets all of it: 4 bytes a token, and 12 bytes more for each of its `top_k`.
     """
-    return ranks.collected(engine.score(ranks.dealt(scorings), top_k))
+    with heartbeat.phase("logprobs"):
+        return ranks.collected(engine.score(ranks.dealt(scorings), top_k))
 
 
 def _opened(question: Question, tokenizer: "PreTrainedTokenizerBase") -> str:

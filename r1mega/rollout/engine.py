@@ -118,6 +118,14 @@ class Differences:
     """How many were compared."""
 
 
+Drawn = Callable[[int, Sample], None]
+"""What is told of a sample: the place of its request, and the sample."""
+
+
+def ignored(place: int, sample: Sample) -> None:
+    """Wait for the others."""
+
+
 class Engine(Protocol):
     """Anything that turns token ids into token ids.
 
@@ -137,10 +145,13 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order."""
 
-    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+    def start(self, requests: Sequence[Request], sampling: SamplingParams, drawn: Drawn = ignored) -> Callable[[], list[Sample]]:
         """Begin to draw; what is returned waits for the samples of `generate`, once, and before anything else is asked of the engine.
 
         Servers draw while the caller does something else. The embedded engine has no hands but the caller's: it draws at once.
+
+        Args:
+            drawn: is told of every sample as soon as it is there, once, in any order and in any thread.
         """
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:

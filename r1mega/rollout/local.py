@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from r1mega.errors import UserError
 from r1mega.rollout.cache import Decode, Pass, Prefill, RowCache
-from r1mega.rollout.engine import Differences, Request, Sample, SamplingParams, Scores, Scoring
+from r1mega.rollout.engine import Differences, Drawn, Request, Sample, SamplingParams, Scores, Scoring, ignored
 from r1mega.rollout.hf import build, sparse_layers, weight_places
 from r1mega.rollout.limits import check_requests
 from r1mega.rollout.routing import check_routing, compact
@@ -74,21 +74,19 @@ class LocalEngine:
             raise UserError(f"weights do not fit the rollout engine's model: {', '.join(wrong[:4])}{more}; export them again")
         self._version = version
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Sample]:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
+        return self.start(requests, sampling)()
+
+    @torch.inference_mode()
+    def start(self, requests: Sequence[Request], sampling: SamplingParams, drawn: Drawn = ignored) -> Callable[[], list[Sample]]:
+        """Draw at once; see `Engine.start`."""
         if self._version is None:
             raise UserError("the rollout engine has no weights; load some before generating")
         config = self._model.config
         check_requests(requests, sampling, config.vocab_size, config.max_position_embeddings)
         check_routing(sampling, bool(sparse_layers(self._model)))
-        if not requests:
-            return []
-        return _Flight(self._model, requests, sampling, self._max_batch).run(self._version)
-
-    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
-        """Draw at once; see `Engine.start`."""
-        samples = self.generate(requests, sampling)
+        samples = _Flight(self._model, requests, sampling, self._max_batch).run(self._version, drawn) if requests else []
         return lambda: samples
 
     @torch.inference_mode()
@@ -137,18 +135,24 @@ class _Flight:
         self.waiting = sorted(range(len(requests)), key=lambda index: (self.prompt_lengths[index], requests[index].prompt_ids))
         self.capacity = min(max_batch, len(requests))
         self.rows = np.empty(0, dtype=np.int64)
+        self.finished: list[int] = []
         latent = hasattr(model.config, "kv_lora_rank")
         self.cache = RowCache(model.config.num_hidden_layers, self.capacity, int(self.prompt_lengths.max()), latent=latent)
 
-    def run(self, version: int) -> list[Sample]:
-        """Draw every request to its end."""
+    def run(self, version: int, drawn: Drawn) -> list[Sample]:
+        """Draw every request to its end, and tell of each that has come to it."""
+        samples: dict[int, Sample] = {}
         while self.waiting or len(self.rows):
             free = self.capacity - len(self.rows)
             if self.waiting and free >= max(1, min(self.capacity // 8, len(self.waiting))):
                 self._admit(free)
             else:
                 self._step()
-        return [self._sample(index, version) for index in range(len(self.requests))]
+            for index in self.finished:
+                samples[index] = self._sample(index, version)
+                drawn(index, samples[index])
+            self.finished = []
+        return [samples[index] for index in range(len(self.requests))]
 
     def _admit(self, free: int) -> None:
         """Put waiting requests into free rows: one pass over their distinct prompts, then a first token for each."""
@@ -215,6 +219,7 @@ class _Flight:
 
     def _drop(self, finished: NDArray[np.int64]) -> None:
         """Move the last rows into those of finished sequences, so that the rows in flight stay the first ones."""
+        self.finished += self.rows[finished].tolist()
         left = len(self.rows) - len(finished)
         holes = finished[finished < left]
         if len(holes):

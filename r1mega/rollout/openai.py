@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from r1mega import env
+from r1mega import env, heartbeat
 from r1mega.config.base import at
 from r1mega.config.chats import Endpoint
 from r1mega.config.rollout import Sampling
@@ -48,6 +48,7 @@ class EndpointTeacher:
                 settings.
         """
         self._server: _Server | None = None
+        self._url = endpoint.url
         if dist.get_rank() == 0:
             self._server = _Server(endpoint, sampling)
             self._server.probe()
@@ -64,8 +65,9 @@ class EndpointTeacher:
         what bounds them is the endpoint's `timeout_s`, for which the server may be silent, times its attempts.
         """
         pending = self._server.send(questions, k, seed) if self._server else []
-        while ranks.shared(lambda: bool(wait(pending, timeout=_MEET_S).not_done)):
-            pass
+        with heartbeat.phase("generate"):
+            while left := ranks.shared(lambda: len(wait(pending, timeout=_MEET_S).not_done)):
+                heartbeat.waiting(left, f"{left} answers of {self._url}")
         flat = ranks.shared(lambda: [future.result() for future in pending])
         return [flat[start : start + k] for start in range(0, len(flat), k)]
 

@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from r1mega import heartbeat
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
 from r1mega.pipeline import ranks
 from r1mega.rollout import sglang_routing
-from r1mega.rollout.engine import Differences, Request, Sample, SamplingParams, Scores, Scoring
+from r1mega.rollout.engine import Differences, Drawn, Request, Sample, SamplingParams, Scores, Scoring, ignored
 from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.routing import check_routing
@@ -187,11 +188,17 @@ class SglangEngine:
         """Draw one sample per request, in request order. UserError, before anything is drawn, for a request that the model cannot take."""
         return self.start(requests, sampling)()
 
-    def start(self, requests: Sequence[Request], sampling: SamplingParams) -> Callable[[], list[Sample]]:
+    def start(self, requests: Sequence[Request], sampling: SamplingParams, drawn: Drawn = ignored) -> Callable[[], list[Sample]]:
         """Send requests, and wait for their samples later; see `Engine.start`."""
         check_requests(requests, sampling, self._arch.vocab, self._arch.max_positions)
         check_routing(sampling, self._arch.moe is not None)
-        return self._asked([partial(self._drawn, one, sampling) for one in requests])
+
+        def call(place: int, client: Client) -> Sample:
+            sample = self._drawn(requests[place], sampling, client)
+            drawn(place, sample)
+            return sample
+
+        return self._asked([partial(call, place) for place in range(len(requests))])
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
@@ -212,8 +219,8 @@ class SglangEngine:
         found: dict[int, T] = {}
         places = list(range(len(calls)))
         for _ in range(self._sglang.retries + 1):
-            while not ranks.every(not wait(pending, timeout=_MEET_S).not_done):
-                pass
+            while left := sum(ranks.gathered(len(wait(pending, timeout=_MEET_S).not_done))):
+                heartbeat.waiting(left, f"{left} answers, {self._pool.oldest()}")
             error = None
             for place, future in zip(places, pending, strict=True):
                 try:
@@ -343,6 +350,8 @@ class _Pool:
     def __init__(self, clients: Sequence[Client], concurrency: int, retries: int) -> None:
         self.clients, self._retries = list(clients), retries
         self._load = [0] * len(self.clients)
+        self._asked: dict[int, tuple[float, int]] = {}
+        """When this thread's call began, and at which server."""
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sglang")
 
@@ -353,6 +362,12 @@ class _Pool:
     def close(self) -> None:
         """Make no more calls."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def oldest(self) -> str:
+        """Which server has kept this rank waiting longest, in words."""
+        with self._lock:
+            asked = min(self._asked.values(), default=None)
+        return f"the oldest of {self.clients[asked[1]].address}" if asked else "all of them another rank's"
 
     def _attempts(self, call: Callable[[Client], T]) -> T:
         failed: list[int] = []
@@ -367,6 +382,7 @@ class _Pool:
             finally:
                 with self._lock:
                     self._load[place] -= 1
+                    del self._asked[get_ident()]
             time.sleep(_PAUSE_S * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -375,6 +391,7 @@ class _Pool:
         with self._lock:
             place = min(range(len(self.clients)), key=lambda place: (failed.count(place), self._load[place]))
             self._load[place] += 1
+            self._asked[get_ident()] = (time.monotonic(), place)
             return place
 
 

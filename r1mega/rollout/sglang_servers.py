@@ -120,9 +120,14 @@ class Started:
         settings, where, piece = self._settings, self._where, self._pieces[number]
         order = Order(
             self._name,
-            *(number, len(self._pieces), str(interpreter(settings).absolute())),
-            arguments(settings, *self._made, where.platform, piece.first),
-            *(piece.count, where.threads, where.platform, meeting),
+            part=number,
+            parts=len(self._pieces),
+            python=str(interpreter(settings).absolute()),
+            arguments=arguments(settings, *self._made, where.platform, piece.first),
+            ranks=piece.count,
+            threads=where.threads,
+            platform=where.platform,
+            meeting=meeting,
         )
         key = self._key if number == 0 else None
         if where.allocation.nodes == 1:

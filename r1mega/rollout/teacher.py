@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from r1mega import heartbeat
 from r1mega.config.base import at
 from r1mega.config.rollout import Sampling
 from r1mega.pipeline.model_folder import ModelFolder
@@ -36,7 +37,8 @@ class EngineTeacher:
         self.engine, self.model = engine, model
         self._params = SamplingParams(at(sampling.temperature, 0), at(sampling.top_p, 0), model.stop_token_ids)
         self._cap = int(at(sampling.max_new_tokens, 0))
-        engine.sync(model, version=0)
+        with heartbeat.phase("sync"):
+            engine.sync(model, version=0)
 
     def answer(self, questions: Sequence[Question], k: int, seed: str) -> list[list[Answer]]:
         groups = ask(self.engine, questions, k, self._params, self._cap, seed, self.model.tokenizer)

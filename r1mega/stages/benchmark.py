@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
+from r1mega import heartbeat
 from r1mega.config.base import at
 from r1mega.config.evaluation import Suite
 from r1mega.config.rollout import Reward
@@ -36,20 +35,18 @@ Verdicts = Sequence[Mapping[str, Verdict]]
 
 
 class Benchmark:
-    """One suite, ready to be asked again and again: prompts encoded, judge processes running on rank 0."""
+    """One suite, ready to be asked again and again: prompts encoded, judge processes running."""
 
     def __init__(self, name: str, suite: Suite, model: ModelFolder, seed: int, judges: int = 1) -> None:
-        """`judges`: processes that judge, beside rank 0."""
+        """`judges`: processes that judge, beside every rank."""
         self.name, self.suite, self.seed = name, suite, seed
         self.prompts = load_prompts(suite.prompts, Path())
         self.use(model)
         self._extract = load_function(suite.extract, arguments=1) if suite.extract else None
-        self._judge: Judge | None = None
-        if dist.get_rank() == 0:
-            self._version = versions.version(suite, self.prompts)
-            functions = self._functions() | ({"equal": suite.equal} if suite.equal else {})
-            rewards = {key: Reward(function=path, deadline_s=suite.deadline_s) for key, path in functions.items()}
-            self._judge = Judge(rewards, judges)
+        self._version = ranks.on_first(lambda: versions.version(suite, self.prompts))
+        functions = self._functions() | ({"equal": suite.equal} if suite.equal else {})
+        rewards = {key: Reward(function=path, deadline_s=suite.deadline_s) for key, path in functions.items()}
+        self._judge = Judge(rewards, judges)
 
     def use(self, model: ModelFolder) -> None:
         """Ask in this model's tokens from now on."""
@@ -62,8 +59,7 @@ class Benchmark:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._judge is not None:
-            self._judge.close()
+        self._judge.close()
 
     def measure(self, engine: Engine, samples: Path | None = None) -> dict[str, Any]:
         """Metrics of the engine's current weights, the same on every rank. `samples`: file (.jsonl.gz) for what was answered."""
@@ -71,7 +67,12 @@ class Benchmark:
         params = SamplingParams(at(sampling.temperature, 0), at(sampling.top_p, 0), self.model.stop_token_ids)
         cap = int(at(sampling.max_new_tokens, 0))
         groups = ask(engine, self.questions, self.suite.k, params, cap, f"{self.seed}/{self.name}", self.model.tokenizer)
-        return ranks.shared(lambda: self._judged(groups, samples))
+        answered = [(question.prompt, response) for question, group in zip(self.questions, groups, strict=True) for response in group]
+        names = list(self._functions())
+        mine = [(prompt, response.text) for prompt, response in ranks.dealt(answered)]
+        with heartbeat.phase("evaluate"):
+            verdicts = ranks.collected(self._judge.judge(mine, [names] * len(mine)))
+            return ranks.shared(lambda: self._judged(answered, verdicts, samples))
 
     def _functions(self) -> dict[str, str]:
         """What every response is judged by."""
@@ -79,11 +80,8 @@ class Benchmark:
         measures = {f"measure_{key}": path for key, path in suite.measures.items()}
         return {"judge": suite.judge, **measures, **{f"weight_{key}": path for key, path in suite.weights.items()}}
 
-    def _judged(self, groups: Sequence[Sequence[Response]], samples: Path | None) -> dict[str, Any]:
-        assert self._judge is not None, "judging is rank 0's"
-        answered = [(question.prompt, response) for question, group in zip(self.questions, groups, strict=True) for response in group]
-        names = list(self._functions())
-        verdicts = self._judge.judge([(prompt, response.text) for prompt, response in answered], [names] * len(answered))
+    def _judged(self, answered: Answered, verdicts: Verdicts, samples: Path | None) -> dict[str, Any]:
+        """The metrics, made on rank 0."""
         self._check_judged("judge", [verdict["judge"].reason for verdict in verdicts])
         outcomes = [self._outcome(response, verdict) for (_, response), verdict in zip(answered, verdicts, strict=True)]
         if samples is not None:
@@ -113,7 +111,6 @@ class Benchmark:
         made: list[Verdict] = []
 
         def equal(pairs: list[votes.Pair]) -> list[bool | None]:
-            assert self._judge is not None, "judging is rank 0's"
             verdicts = [verdict["equal"] for verdict in self._judge.judge(pairs, [["equal"]] * len(pairs))]
             made.extend(verdicts)
             return [None if verdict.value is None else verdict.value > 0.5 for verdict in verdicts]
@@ -181,6 +178,8 @@ class Benchmark:
             )
 
     def _outcome(self, response: Response, verdict: Mapping[str, Verdict]) -> Outcome:
+        if self.suite.truncated == "wrong" and response.sample.finish == "length":
+            return Outcome(False, None)
         value = verdict["judge"].value
         return Outcome(None if value is None else value > 0.5, self._extract(response.text) if self._extract else None)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.config.base import at, largest
 from r1mega.config.stages import Distill
 from r1mega.data.mixture import shuffled
@@ -46,7 +47,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
         policy.exchange.load(reader.read)
     with ExitStack() as stack:
         engine = opened(ctx, teacher.path, stack)
-        engine.sync(teacher, version=0)
+        with heartbeat.phase("sync"):
+            engine.sync(teacher, version=0)
         lesson: _Lesson
         if stage.method == "on_policy":
             lesson = _OnPolicy(ctx, stage, student, teacher, policy, engine, stack)
@@ -109,7 +111,8 @@ class _OnPolicy:
 
     def _answers(self, update: int) -> list[Sample]:
         stage = self.stage
-        self.engine.sync(self.policy.exchange, version=update)
+        with heartbeat.phase("sync"):
+            self.engine.sync(self.policy.exchange, version=update)
         drawn = _drawn(len(self.questions), stage.batch // stage.samples_per_prompt, self.ctx.seed, update)
         sampling = SamplingParams(stop_token_ids=self.student.stop_token_ids)
         cap = int(at(stage.sampling.max_new_tokens, update))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.config.evaluation import Evaluation, Gate, Suite
 from r1mega.config.rollout import Rollout
 from r1mega.config.stages import Evaluate
@@ -60,7 +61,8 @@ def _measured(ctx: StageContext, benchmarks: Sequence[Benchmark], model: ModelFo
     """Metrics of a model folder on each benchmark."""
     with ExitStack() as stack:
         engine = opened(ctx, model.path, stack)
-        engine.sync(model, version=0)
+        with heartbeat.phase("sync"):
+            engine.sync(model, version=0)
         for benchmark in benchmarks:
             benchmark.use(model)
         return _answered(ctx, benchmarks, engine, label)
@@ -98,7 +100,8 @@ def evaluate_weights(
     with ExitStack() as stack:
         engine = opened(ctx, model.path, stack)
         # What is measured is what is shipped: the weights in the dtype of the files.
-        engine.sync(Mapped(model.arch, weights, dtype), version=0)
+        with heartbeat.phase("sync"):
+            engine.sync(Mapped(model.arch, weights, dtype), version=0)
         benchmarks = [stack.enter_context(one) for one in _benchmarks(ctx, evaluation.suites, model)]
         found = _answered(ctx, benchmarks, engine, f"update-{update:06d}")
     ctx.metrics.write({"update": update} | _row(found))

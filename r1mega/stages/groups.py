@@ -2,20 +2,27 @@
 
 With `partial`, more prompts are under way than a rollout trains on. A round draws at most `segment` tokens of every unfinished response;
 rounds follow one another until enough groups are finished, and the oldest of these are trained on. The others keep what they have and
-go on in the next rollout, with the weights of then. Before a checkpoint, and at the end, nothing is left under way: every group that was
+go on in the next rollout, with the weights of then. A group is given to the judges as soon as its last response is finished, on the rank
+that draws it, while others are still being drawn. Before a checkpoint, and at the end, nothing is left under way: every group that was
 asked is trained on exactly once, and a run that goes on asks what it would have asked. Nothing here depends on the time that drawing takes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Lock
 
 from r1mega.config.base import at
 from r1mega.config.stages import Grpo
 from r1mega.data.mixture import Mixture
 from r1mega.pipeline import ranks
+from r1mega.rewards.judge import Verdict
 from r1mega.rollout.ask import Question, sample_seed
-from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams, joined
+from r1mega.rollout.engine import Drawn, Engine, Request, Sample, SamplingParams, joined
 from r1mega.stages.schedule import crossed
+
+Verdicts = list[dict[str, Verdict]]
+"""Of each response of a group, by the name of what judged it."""
 
 
 @dataclass
@@ -29,6 +36,8 @@ class Group:
     samples: list[Sample | None]
     going_on: list[int]
     """Places of the responses that are not finished."""
+    verdicts: Future[Verdicts] | None = field(default=None, compare=False)
+    """On the rank that drew the last of it, what the judges say."""
 
 
 class Groups:
@@ -41,10 +50,11 @@ class Groups:
         stop_token_ids: tuple[int, ...],
         seed: int,
         name: str,
+        judge: Callable[[str, Question, Sequence[Sample]], Future[Verdicts]],
         routing: bool = False,
     ) -> None:
-        """`seed` and `name` are the stage's; `routing`: whether the engine is to record experts."""
-        self._stage, self._questions, self._stop, self._routing = stage, questions, stop_token_ids, routing
+        """`seed` and `name` are the stage's; `judge` begins to judge a group, in any thread; `routing`: whether experts are recorded."""
+        self._stage, self._questions, self._stop, self._judge, self._routing = stage, questions, stop_token_ids, judge, routing
         self._seed = f"{seed}/{name}"
         sizes = {kind: len(found) for kind, found in questions.items()}
         self._mixture = Mixture(sizes, {kind: prompts.share for kind, prompts in stage.prompts.items()}, seed)
@@ -112,25 +122,46 @@ class Groups:
         """A round: each rank asks for its share of the unfinished groups. What is returned waits for it and keeps what was drawn."""
         groups = [group for group in self._groups if group.going_on]
         asked = [[self._request(group, place, update) for place in group.going_on] for group in groups]
-        mine = ranks.dealt(asked)
-        wait = engine.start([request for requests in mine for request in requests], self.sampling(update))
+        mine = ranks.dealt(list(zip(groups, asked, strict=True)))
+        wait = engine.start([request for _, requests in mine for request in requests], self.sampling(update), self._told(mine))
 
         def keep() -> None:
             drawn = iter(wait())
-            found = ranks.collected([[next(drawn) for _ in requests] for requests in mine])
+            found = ranks.collected([[next(drawn) for _ in requests] for _, requests in mine])
             for group, requests, samples in zip(groups, asked, found, strict=True):
-                self._keep(group, requests, samples)
+                group.samples, group.going_on = self._with(group, requests, samples)
 
         return keep
 
-    def _keep(self, group: Group, requests: Sequence[Request], samples: Sequence[Sample]) -> None:
-        """What was drawn of the responses that go on; those go on further that were cut before the length cap."""
-        places, group.going_on = group.going_on, []
-        for place, request, sample in zip(places, requests, samples, strict=True):
-            begun = group.samples[place]
-            group.samples[place] = sample if begun is None else joined(begun, sample)
+    def _told(self, mine: Sequence[tuple[Group, Sequence[Request]]]) -> Drawn:
+        """Has a group judged with the last of its samples."""
+        owners = [index for index, (_, requests) in enumerate(mine) for _ in requests]
+        firsts = [owners.index(index) for index in range(len(mine))]
+        found: list[dict[int, Sample]] = [{} for _ in mine]
+        lock = Lock()
+
+        def drawn(place: int, sample: Sample) -> None:
+            index = owners[place]
+            group, requests = mine[index]
+            with lock:
+                found[index][place] = sample
+                if len(found[index]) < len(requests):
+                    return
+            samples, going_on = self._with(group, requests, [found[index][firsts[index] + i] for i in range(len(requests))])
+            if not going_on:
+                group.verdicts = self._judge(group.kind, group.question, [one for one in samples if one])
+
+        return drawn
+
+    def _with(self, group: Group, requests: Sequence[Request], drawn: Sequence[Sample]) -> tuple[list[Sample | None], list[int]]:
+        """A group's samples with what was drawn of those that went on, and places of those that go on further: cut before the cap."""
+        samples, going_on = list(group.samples), []
+        for place, request, sample in zip(group.going_on, requests, drawn, strict=True):
+            begun = samples[place]
+            samples[place] = sample if begun is None else joined(begun, sample)
             if sample.finish == "length" and request.begun + request.max_new_tokens < self._cap(group):
-                group.going_on.append(place)
+                going_on.append(place)
+        return samples, going_on
 
     def _request(self, group: Group, place: int, update: int) -> Request:
         begun = group.samples[place]

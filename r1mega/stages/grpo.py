@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.config.base import at, largest
 from r1mega.config.stages import Grpo, PromptShare
 from r1mega.data.sources import load_prompts
@@ -72,8 +73,6 @@ class GrpoLoop:
         self.ctx, self.stage, self.model, self.policy = ctx, stage, model, policy
         room = model.prompt_room(largest(stage.sampling.max_new_tokens))
         self.questions = {name: _questions(prompts, model, room) for name, prompts in stage.prompts.items()}
-        recorded = ctx.recipe.rollout.routing_replay != "off"
-        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name, recorded)
         suites = stage.evaluation.suites if stage.evaluation else {}
         self.benchmarks = [
             stack.enter_context(Benchmark(name, suite, model, ctx.seed, ctx.recipe.run.judges)) for name, suite in suites.items()
@@ -83,6 +82,8 @@ class GrpoLoop:
             policy.exchange.load(reader.read)
         rewarding = {name: RewardModel(policy, ctx.reward_model_dir(reward.model)) for name, reward in stage.reward_models.items()}
         self.scorer = stack.enter_context(Scorer(stage, ctx.recipe.run.judges, rewarding, model.tokenizer))
+        recorded = ctx.recipe.rollout.routing_replay != "off"
+        self.groups = Groups(stage, self.questions, model.stop_token_ids, ctx.seed, ctx.name, self.scorer.begin, recorded)
         self.reference = policy.host_copy() if largest(stage.objective.kl_coef) > 0 else None
         self.guard = Guard(ctx, stage, policy, self.engine, [one for questions in self.questions.values() for one in questions])
         self.checkpoints = Checkpoints(policy, ctx.dir / "checkpoints")
@@ -155,7 +156,7 @@ class GrpoLoop:
         kinds, questions = [group.kind for group in taken], [group.question for group in taken]
         groups = read(questions, [[sample for sample in group.samples if sample] for group in taken], self.model.tokenizer)
         with _timed(seconds, "judge"):
-            judgement = self.scorer.judge(kinds, questions, groups, update)
+            judgement = self.scorer.judge(taken, groups, update)
         self._check_judged(judgement, update)
         off_policy = stage.partial is not None or drawn_by.version != update
         return Rollout(kinds, questions, groups, judgement, seconds, drawn_by if off_policy else None)
@@ -328,7 +329,8 @@ def _headline(row: dict[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], name: heartbeat.Phase) -> Iterator[None]:
     begin = time.perf_counter()
-    yield
+    with heartbeat.phase(name):
+        yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from r1mega import heartbeat
 from r1mega.config.base import largest
 from r1mega.config.rollout import Reward, Sampling
 from r1mega.config.stages import Rejection
@@ -151,7 +150,7 @@ class _Sampler:
         self.rewrite: Callable[[Prompt, str], str | None] | None = load_function(stage.rewrite) if stage.rewrite else None
         self.referee = open_endpoint(stage.judge_endpoint, _OPINION) if stage.judge_endpoint else None
         self.judge: Judge | None = None
-        if stage.judge is not None and dist.get_rank() == 0:
+        if stage.judge is not None:
             self.judge = stack.enter_context(Judge({"judge": Reward(function=stage.judge)}, ctx.recipe.run.judges))
 
     def sample(self, questions: Sequence[Question], index: int) -> _Done:
@@ -160,7 +159,8 @@ class _Sampler:
         groups = self.teacher.answer(questions, self.stage.k, seed)
         samples = [(question.prompt, answer) for question, group in zip(questions, groups, strict=True) for answer in group]
         self._check_share("were not answered", [answer.error for _, answer in samples if answer.finish == "failed"], len(samples), index)
-        opinions = ranks.shared(lambda: self._judged(samples))
+        with heartbeat.phase("judge"):
+            opinions = ranks.collected(self._judged(ranks.dealt(samples)))
         if self.referee is not None:
             opinions = self._refereed(self.referee, samples, opinions, f"{seed}/judge")
         unknown = [
@@ -182,7 +182,7 @@ class _Sampler:
             )
 
     def _judged(self, samples: Sequence[tuple[Prompt, Answer]]) -> list[_Opinion]:
-        """What the judge function says; called on rank 0. Without one all samples are right, unless a model is to judge them."""
+        """What the judge function says. Without one all samples are right, unless a model is to judge them."""
         if self.judge is None:
             return [_Opinion(None, "it has no reference answer") if self.referee else _Opinion(True)] * len(samples)
         verdicts = [found["judge"] for found in self.judge.judge([(prompt, answer.text) for prompt, answer in samples])]

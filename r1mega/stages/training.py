@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega import heartbeat
 from r1mega.errors import UserError
 from r1mega.megatron.checkpoint import Checkpoints
 from r1mega.megatron.policy import NotFinite, Policy
@@ -57,6 +58,6 @@ def restore(ctx: StageContext, checkpoints: Checkpoints, reference: Any = None) 
 
 def export(ctx: StageContext, model: ModelFolder, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Leave weights as the stage's artifact, a folder like the model's. Every rank calls it."""
-    with ctx.artifact() as folder:
+    with heartbeat.phase("save"), ctx.artifact() as folder:
         if ctx.rank == 0:
             model.write(folder, weights, dtype)

@@ -124,7 +124,7 @@ def test_aime_as_published(results: dict[str, Any], folder: Path) -> None:
     assert metrics["pass@1"]["value"] == pytest.approx((30 / 64 + 1 / 64) / 2)
     assert metrics["cons@64"]["value"] == 0.5  # the first is lost to 26, the second won by its only vote
     assert (metrics["pass@64"]["value"], metrics["not_compared"], metrics["k"], metrics["n_prompts"]) == (1.0, 0.0, 64, 2)
-    assert metrics["suite"].keys() == {"prompts", "template", "sampling", "judge", "extract", "equal", "math-verify"}
+    assert metrics["suite"].keys() == {"prompts", "template", "sampling", "truncated", "judge", "extract", "equal", "math-verify"}
     with gzip.open(folder / "all.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 128 and rows[0]["response"] == AIME_SAID["Problem 1?"][0]

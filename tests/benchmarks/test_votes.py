@@ -149,7 +149,7 @@ def test_versions_are_plain_strings_and_name_libraries(graded_here: Path) -> Non
     import numpy
 
     found = changed()
-    assert found.keys() == {"prompts", "template", "sampling", "judge", "extract", "math-verify", "numpy"}
+    assert found.keys() == {"prompts", "template", "sampling", "truncated", "judge", "extract", "math-verify", "numpy"}
     assert all(isinstance(value, str) for value in found.values())
     assert (found["template"], found["sampling"], found["numpy"]) == (
         "none",

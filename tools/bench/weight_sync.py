@@ -1,6 +1,6 @@
 """Bytes per second of every way to give an SGLang server its weights, against a plain copy of the same bytes.
 
-    python tools/bench/weight_sync.py [--gigabytes 1] [--ranks 1] [--tp 1] [--repeats 5] [--bucket-mb 64] [--json FILE]
+    python tools/bench/weight_sync.py [--gigabytes 1] [--ranks 1] [--tp 1] [--repeats 5] [--bucket-mb 256] [--json FILE]
 
 Starts one server on this machine with a DeepSeek-V3 of small experts in float32, and `--ranks` trainer processes with the shards that
 Megatron would hold (TP x EP when there are two or more). A repeat goes once through all ways, each preceded by a copy between two buffers
@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2, 4))
     parser.add_argument("--tp", type=int, default=1, help="ranks of the server")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bucket-mb", type=int, default=64)
+    parser.add_argument("--bucket-mb", type=int, default=256)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="'tensor' is always among them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)

@@ -16,21 +16,25 @@ from r1mega import env
 Spelling = Literal["local", "te"]
 
 _active: ModuleType | None = None
+_patience = timedelta(minutes=30)
 
 
-def start(name: str, threads: int) -> None:
+def start(name: str, threads: int, patience_s: float = 1800.0) -> None:
     """Choose the platform and join the process group that torchrun describes.
 
     Args:
         name: "cpu" or "cuda".
         threads: BLAS threads of this process; used on the CPU.
+        patience_s: seconds after which a collective gives up. It can only say that it did; who made it wait is found out before that
+            (`pipeline/hangs`).
 
     Raises:
         UserError: the platform cannot run here; names what is missing.
     """
-    global _active
+    global _active, _patience
     import torch.distributed as dist
 
+    _patience = timedelta(seconds=patience_s)
     if name == "cpu":
         from r1mega.megatron.platform import cpu as chosen
     else:
@@ -43,7 +47,7 @@ def start(name: str, threads: int) -> None:
             # One process needs no launcher: a store of its own makes `python -c` and notebooks work.
             dist.init_process_group(chosen.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(chosen.BACKEND, timeout=timedelta(minutes=30))
+            dist.init_process_group(chosen.BACKEND, timeout=_patience)
 
 
 def stop() -> None:
@@ -79,6 +83,11 @@ def imagined(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         stop()
+
+
+def patience() -> timedelta:
+    """How long a collective waits for its peers. Groups beside the world's must be told: torch gives them a default of its own."""
+    return _patience
 
 
 def active() -> Any:

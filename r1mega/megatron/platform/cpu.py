@@ -5,8 +5,11 @@ from typing import Any
 import torch
 import torch._dynamo.config
 
+from r1mega.config.layout import Layout
+from r1mega.config.training import Train
 from r1mega.megatron import limits
 from r1mega.megatron.platform import standins
+from r1mega.weights.architecture import Architecture
 
 BACKEND = "gloo"
 SPELLING = "local"
@@ -28,9 +31,10 @@ def release_cached() -> None:
     """What is freed on a CPU is free."""
 
 
-def config_overrides(fp8: str) -> dict[str, Any]:
+def config_overrides(arch: Architecture, layout: Layout, train: Train) -> dict[str, Any]:
     """TransformerConfig fields that this platform decides. Fusions are CUDA kernels; FP8 needs tensor cores."""
-    limits.check_fp8("cpu", fp8)
+    del arch, layout
+    limits.check_platform("cpu", train)
     return {
         "use_cpu_initialization": True,
         "gradient_accumulation_fusion": False,
