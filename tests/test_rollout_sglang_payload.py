@@ -17,7 +17,6 @@ import torch
 from r1mega.config.rollout import Sglang
 from r1mega.errors import UserError
 from r1mega.rollout import sglang_payload
-from r1mega.rollout.sglang_client import Client
 from r1mega.rollout.sglang_payload import InBytes, InHandles, InSegments, carrier, flattened, is_here, named
 from r1mega.rollout.sglang_sync import Control, Failed, contents, load
 from r1mega.weights.sync import Bucket, Entry
@@ -146,11 +145,7 @@ def test_a_full_shared_memory_is_one_line(monkeypatch):
 
 def test_memory_is_shared_with_this_machine_only():
     assert is_here("http://127.0.0.1:5") and is_here("http://localhost:5") and not is_here("http://192.0.2.1:5")
-    here, away = [Client("http://127.0.0.1:1")], [Client("http://127.0.0.1:1"), Client("http://192.0.2.1:1")]
-    assert isinstance(carrier(here, "cpu", False, 2), InSegments)
-    assert isinstance(carrier(here, "cuda", False, 2), InHandles)
-    assert isinstance(carrier(here, "cpu", True, 2), InBytes)
-    assert isinstance(carrier(away, "cpu", False, 2), InBytes)
+    assert isinstance(carrier("cpu", 2), InSegments) and isinstance(carrier("cuda", 2), InHandles)
 
 
 def test_a_bucket_that_is_not_taken_is_named():
