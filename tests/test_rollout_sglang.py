@@ -252,7 +252,7 @@ def test_weights_that_arrive_altered_are_named_and_never_served(served, joined, 
                     value[3, 5] += 1e-3
             send(bucket, flat)
 
-        monkeypatch.setattr(engine, "_new_transport", lambda: engine._transport)
+        monkeypatch.setattr(engine, "_new_transport", lambda here: engine._transport)
         monkeypatch.setattr(engine._transport, "send", altered)
         with pytest.raises(UserError, match=r"tried 2 times; the last time: .*model\.layers\.1\.self_attn\.o_proj\.weight are not the"):
             engine.sync(support.source(model, 4), version=4)

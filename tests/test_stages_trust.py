@@ -1,7 +1,7 @@
 """The mismatch budget in the stage: what happens beyond it, and what is left behind."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from r1mega.config.loading import load_recipe
 from r1mega.errors import UserError
 from r1mega.megatron import platform
 from r1mega.report.progress import Progress
-from r1mega.rollout.engine import Sample, SamplingParams
+from r1mega.rollout.engine import Drawn, Sample, SamplingParams
 from r1mega.rollout.local import LocalEngine
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,9 @@ def _one_rank() -> Iterator[None]:
 @pytest.fixture
 def hot(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that draws at temperature 1.5, whatever it is asked for."""
-    generate = LocalEngine.generate
+    start = LocalEngine.start
     monkeypatch.setattr(
-        LocalEngine, "generate", lambda self, requests, sampling: generate(self, requests, replace(sampling, temperature=1.5))
+        LocalEngine, "start", lambda self, requests, sampling, *drawn: start(self, requests, replace(sampling, temperature=1.5), *drawn)
     )
 
 
@@ -106,14 +106,14 @@ def test_a_rollout_beyond_the_budget_is_corrected(tmp_path: Path) -> None:
 
 def test_a_stop_keeps_the_state_from_before_and_goes_on_when_the_cause_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = ["stages.zero.evaluation=null", "stages.zero.save_every=0", budget("stop")]
-    generate, calls = LocalEngine.generate, []
+    start, calls = LocalEngine.start, []
 
-    def spoilt(self: LocalEngine, requests: Any, sampling: SamplingParams) -> list[Sample]:
+    def spoilt(self: LocalEngine, requests: Any, sampling: SamplingParams, *drawn: Drawn) -> Callable[[], list[Sample]]:
         calls.append(1)
-        return generate(self, requests, replace(sampling, temperature=1.5) if len(calls) > 1 else sampling)
+        return start(self, requests, replace(sampling, temperature=1.5) if len(calls) > 1 else sampling, *drawn)
 
     _, straight = run(tmp_path / "straight", *limits)
-    monkeypatch.setattr(LocalEngine, "generate", spoilt)
+    monkeypatch.setattr(LocalEngine, "start", spoilt)
     with pytest.raises(UserError, match=r"stage zero, update 3: rollout_gap/mean is .*; mean gap .* comes from sampling: .*") as error:
         run(tmp_path / "run", *limits)
     assert "\n" not in str(error.value)
