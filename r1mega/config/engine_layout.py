@@ -14,7 +14,7 @@ class EngineLayout(Closed):
     """
 
     servers: int = Field(1, ge=1, description="servers with a copy of the model each")
-    tp: int = Field(1, ge=1, description="GPUs of one server (--tp-size)")
+    tp: int = Field(1, ge=1, description="GPUs of one server (--tp-size); more than a node has are equal parts on several")
     ep: int = Field(1, ge=1, description="ranks over which a server's experts are spread; the other tp / ep cut each expert (--ep-size)")
     attn_dp: int = Field(1, ge=1, description="copies of the attention in one server, each over tp / attn_dp GPUs (--attn-dp-size)")
     dense_tp: Literal["tp", "whole"] = Field("tp", description="'whole': every GPU holds all of the dense MLPs (--moe-dense-tp-size 1)")

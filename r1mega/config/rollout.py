@@ -37,11 +37,12 @@ class Sglang(Closed):
     layout: EngineLayout = Field(default_factory=EngineLayout, description="how many servers, and how each is cut over its GPUs")
     placement: Literal["disaggregated", "colocated"] = Field(
         "disaggregated",
-        description="disaggregated: servers have GPUs of their own; colocated: they have the trainer's, and memory goes to and fro: they "
-        "give up theirs while the trainer trains, and before they draw it moves weights, gradients and optimizer states to the host",
+        description="disaggregated: servers have GPUs of their own, on the ranks' nodes or on others; colocated: they have the trainer's, "
+        "and memory goes to and fro: they give up theirs while the trainer trains, and before they draw it moves weights, gradients and "
+        "optimizer states to the host",
     )
     first_gpu: int | None = Field(
-        None, ge=0, description="GPU of the first server's first rank; the others follow; null: after the trainer's, or with colocated 0"
+        None, ge=0, description="first GPU for servers on each node that ranks are on; null: after the ranks', or with colocated 0"
     )
     arguments: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server, such as --enable-metrics")
     deterministic: bool = Field(
