@@ -11,6 +11,7 @@ from r1mega.data.fields import present
 from r1mega.data.prompts import Message, Prompt
 from r1mega.data.rows import Row, jsonl, parquet, read_messages
 from r1mega.data.templates import Template, encode
+from r1mega.data.tokens import token_ids
 from r1mega.errors import UserError
 from r1mega.rewards.answer import after_thought
 
@@ -87,7 +88,7 @@ class View:
             for ids in opening:
                 # A chat template that opens the thought says more than is seen.
                 question = question[: -len(ids)] if question[-len(ids) :] == ids else question
-            answer = _tokenize(prompt, self.shown(response), tokenizer)
+            answer = token_ids(self.shown(response), tokenizer, f"the answer to prompt {prompt.id}")
             fits = limit - 1 - len(question)
             found.append((*question, *answer[max(0, len(answer) - fits) :], tokenizer.eos_token_id))
         return found
@@ -102,16 +103,6 @@ def _opening(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], ...
     if "<think>" not in str(tokenizer.chat_template):
         return ()
     return tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("<think>\n", "<think>"))
-
-
-def _tokenize(prompt: Prompt, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    try:
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception for a word outside a closed vocabulary
-        raise UserError(f"the answer to prompt {prompt.id} holds text that the tokenizer does not know: {error}: {text!r:.80}") from None
-    if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise UserError(f"the answer to prompt {prompt.id} holds text that the tokenizer does not know: {text!r:.80}")
-    return ids
 
 
 # ---------------------------------------------------------------- sources

@@ -9,13 +9,12 @@ several turns; where it does not (DeepSeek-R1's drops the thoughts of earlier tu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING
 
 from r1mega.data.chats import Conversation
 from r1mega.data.prompts import Message, Prompt
 from r1mega.data.templates import Template, render
+from r1mega.data.tokens import as_chat, token_ids
 from r1mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,11 +54,11 @@ def supervised(conversation: Conversation, template: Template, tokenizer: "PreTr
         if not grows:
             sequences.append(([], []))
         ids, learnt = sequences[-1]
-        given = _tokenize(turn.given[len(shown) :] if grows else turn.given, tokenizer, conversation.where)
+        given = token_ids(turn.given[len(shown) :] if grows else turn.given, tokenizer, conversation.where)
         if template != "chat" and tokenizer.bos_token_id is not None:
             given = [tokenizer.bos_token_id, *given]
         last = index == len(turns) - 1
-        written = list(sampled) if last and sampled is not None else _tokenize(turn.written, tokenizer, conversation.where)
+        written = list(sampled) if last and sampled is not None else token_ids(turn.written, tokenizer, conversation.where)
         ids += given + written
         learnt += [False] * len(given) + [True] * len(written)
         shown = turn.given + turn.written
@@ -81,9 +80,9 @@ def _turns(conversation: Conversation, template: Template, tokenizer: "PreTraine
 
 
 def _chat_turn(where: str, messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> _Turn:
-    given = _rendered(where, messages[:-1], tokenizer, generate=True)
+    given = as_chat(messages[:-1], tokenizer, where, generate=True)
     content, end = messages[-1].content, _end_of_turn(tokenizer)
-    whole = _rendered(where, messages, tokenizer, generate=False)
+    whole = as_chat(messages, tokenizer, where, generate=False)
     written = whole.removeprefix(given)
     if whole.startswith(given) and content.strip() in written and end in written:
         # Templates write a line break behind the stop token, which no model does.
@@ -99,9 +98,9 @@ def _chat_turn(where: str, messages: Sequence[Message], tokenizer: "PreTrainedTo
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The token that the chat template writes behind an assistant's answer."""
     question, answer = Message("user", "question"), Message("assistant", "answer")
-    text = _rendered("the chat template", (question, answer), tokenizer, generate=False)
+    text = as_chat((question, answer), tokenizer, "the chat template", generate=False)
     behind = text[text.rindex("answer") + len("answer") :].strip()
-    ids = _tokenize(behind, tokenizer, "the chat template")
+    ids = token_ids(behind, tokenizer, "the chat template")
     special = set(tokenizer.all_special_ids) | {tokenizer.eos_token_id} | set(tokenizer.added_tokens_decoder)
     if not ids or ids[0] not in special:
         raise UserError(
@@ -109,23 +108,3 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
             "on it would not know when to stop"
         )
     return str(tokenizer.decode([ids[0]]))
-
-
-def _rendered(where: str, messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", generate: bool) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use template 'r1_zero' or 'none'")
-    plain: list[dict[str, Any]] = [vars(message) for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate))
-    except TemplateError as error:
-        raise UserError(f"{where}: the tokenizer's chat template refuses the conversation: {error}") from None
-
-
-def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase", where: str) -> list[int]:
-    try:
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception for a word outside a closed vocabulary
-        raise UserError(f"{where}: holds text that the tokenizer does not know: {error}") from None
-    if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise UserError(f"{where}: holds text that the tokenizer does not know: {text!r:.80}")
-    return ids

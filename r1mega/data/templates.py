@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from jinja2 import TemplateError
-
-from r1mega.data.prompts import Prompt
+from r1mega.data.prompts import Message, Prompt
+from r1mega.data.tokens import all_token_ids, as_chat
 from r1mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def render(prompt: Prompt, template: Template, tokenizer: "PreTrainedTokenizerBa
     refuses.
     """
     if template == "chat":
-        return _chat(prompt, tokenizer)
+        return as_chat([*prompt.history, Message("user", prompt.text)], tokenizer, f"prompt {prompt.id}", generate=True)
     if prompt.history:
         raise UserError(f"prompt {prompt.id} has {len(prompt.history)} earlier messages, which only the template 'chat' can show")
     return R1_ZERO.replace("{question}", prompt.text.strip()) if template == "r1_zero" else prompt.text
@@ -42,11 +41,8 @@ def encode(prompts: Sequence[Prompt], template: Template, tokenizer: "PreTrained
     writes. Raises UserError for a prompt of more than `limit` tokens, or with text that the tokenizer does not know.
     """
     encoded = []
-    for prompt, ids in zip(
-        prompts, _tokenize(prompts, [render(prompt, template, tokenizer) for prompt in prompts], tokenizer), strict=True
-    ):
-        if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            raise UserError(f"prompt {prompt.id} holds text that the tokenizer does not know: {prompt.text!r:.80}")
+    texts = [render(prompt, template, tokenizer) for prompt in prompts]
+    for prompt, ids in zip(prompts, all_token_ids(texts, tokenizer, [f"prompt {prompt.id}" for prompt in prompts]), strict=True):
         if template != "chat" and tokenizer.bos_token_id is not None:
             text_start = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
             ids = [tokenizer.bos_token_id, *ids[text_start:]]
@@ -56,26 +52,3 @@ def encode(prompts: Sequence[Prompt], template: Template, tokenizer: "PreTrained
             )
         encoded.append(tuple(ids))
     return encoded
-
-
-def _chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> str:
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use template 'r1_zero' or 'none'")
-    conversation = [{"role": turn.role, "content": turn.content} for turn in prompt.history]
-    conversation.append({"role": "user", "content": prompt.text})
-    try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise UserError(f"prompt {prompt.id}: the tokenizer's chat template refuses the conversation: {error}") from None
-
-
-def _tokenize(prompts: Sequence[Prompt], texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    if not texts:
-        return []
-    try:
-        return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception for a word outside a closed vocabulary
-        if len(prompts) == 1:
-            raise UserError(f"prompt {prompts[0].id} holds text that the tokenizer does not know: {error}: {texts[0]!r:.80}") from None
-        middle = len(prompts) // 2
-        return _tokenize(prompts[:middle], texts[:middle], tokenizer) + _tokenize(prompts[middle:], texts[middle:], tokenizer)

@@ -13,6 +13,7 @@ from r1mega.config.corpora import Corpus, JsonlCorpus, Phase, SignsCorpus, TinyC
 from r1mega.config.stages import Pretrain
 from r1mega.data.packing import TokenSequence
 from r1mega.data.tiny import running_sum, signs
+from r1mega.data.tokens import all_token_ids
 from r1mega.errors import UserError
 from r1mega.megatron.policy import LocalBatch, Policy, TokenLoss
 from r1mega.pipeline.context import StageContext
@@ -77,7 +78,8 @@ def _sequences(documents: list[str], model: ModelFolder) -> list[TokenSequence]:
     """Documents with EOS behind. Every token of the update weighs the same: a mean within each document, or within buckets of like
     length, would weigh the tokens of short documents more."""
     tokenizer = model.tokenizer
-    ids = [[*encoded, tokenizer.eos_token_id] for encoded in tokenizer(documents)["input_ids"]]
+    names = ["a document of the corpus"] * len(documents)
+    ids = [[*encoded, tokenizer.eos_token_id] for encoded in all_token_ids(documents, tokenizer, names, special=True)]
     weight = 1.0 / sum(len(document) - 1 for document in ids)
     return [TokenSequence(torch.tensor(document), torch.full((len(document),), weight)) for document in ids]
 
