@@ -1,4 +1,4 @@
-"""The one place that reads the process environment. (`rollout/sglang_serve` has its own, where this package is not installed.)"""
+"""The one place that reads the process environment. (`rollout/in_sglang` has its own, where this package is not installed.)"""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -20,6 +20,7 @@ from r1mega.rollout import sglang_routing
 from r1mega.rollout.engine import Engine, Request, Sample, SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_network import LOADER
 from r1mega.rollout.sglang_servers import Started, interpreter
 from r1mega.weights.canonical import canonical
 from r1mega.weights.source import Mapped
@@ -41,7 +42,7 @@ def require() -> None:
 def served(model: Path, folder: Path, dtype: str = "float32", tp: int = 1) -> Iterator[Started]:
     """A server of its own process group, ready."""
     require()
-    told = [sglang_routing.FLAG] if ModelFolder(model).arch.moe else []
+    told = ["--custom-weight-loader", LOADER, *([sglang_routing.FLAG] if ModelFolder(model).arch.moe else [])]
     wanted = Sglang(start_timeout_s=900, arguments=told, layout=EngineLayout(tp=tp))
     server = Started(wanted, model, dtype, Surroundings("cpu", folder), 0)
     try:

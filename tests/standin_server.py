@@ -2,7 +2,7 @@
 
 ok: tokens that are a function of prompt length and seed; slow: the same, a while later; memory: dies of too little of it; stale: says that
 older weights drew; broken: its second part dies as it starts. Like SGLang it dies when it is put to sleep or woken at the wrong time, and
-hears nobody once a part of it on another node is gone. Started with the arguments of `sglang_serve`.
+hears nobody once a part of it on another node is gone. Started with the arguments of `rollout/in_sglang/serve`.
 """
 
 import json

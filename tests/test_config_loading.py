@@ -189,6 +189,9 @@ def test_servers_on_the_trainers_gpus_draw_for_no_trainer_that_trains(recipe_fil
     ahead = [*COLOCATED, "stages.zero.staleness=1", "stages.zero.save_every=0"]
     with pytest.raises(UserError, match=r"'stages.zero.staleness': servers on the trainer's GPUs cannot draw while it trains; use rollout"):
         load_recipe(recipe_file, ahead)
+    load_recipe(recipe_file, [*COLOCATED, "rollout.sglang.transport=distributed"])
+    with pytest.raises(UserError, match=r"'rollout.sglang.transport': distributed needs a group .*; use tensor for placement=colocated"):
+        load_recipe(recipe_file, [*COLOCATED, "rollout.sglang.transport=distributed", "run.platform=cuda"])
 
 
 def test_states_that_megatron_core_would_keep_otherwise_are_refused(recipe_file: Path) -> None:

@@ -65,12 +65,14 @@ def test_a_server_killed_during_a_rollout_and_during_a_sync_loses_nothing(tmp_pa
         assert not psutil.pid_exists(engine._fleet.servers[0].pid)
 
 
-def test_a_server_killed_amid_own_shards_is_replaced_and_given_all_of_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("transport", ["tensor", pytest.param("distributed", marks=pytest.mark.proof)])
+def test_a_server_killed_amid_own_shards_is_replaced_and_given_all_of_them(tmp_path, monkeypatch, transport):
     """Half of the new parameters are in when it dies; its successor gets every one, and what is derived from them."""
     support.require()
     model = support.MODELS["deepseek"]
+    told = own(path="shards", transport=transport, layout={"tp": 2}, bucket_bytes=200_000)
     with cpu_platform():
-        engine = SglangEngine(own(path="shards", layout={"tp": 2}, bucket_bytes=200_000), model, Surroundings("cpu", tmp_path))
+        engine = SglangEngine(told, model, Surroundings("cpu", tmp_path))
         try:
             engine.sync(support.source(model, 0), version=3)
             first, loaded = engine._fleet.servers[0], []

@@ -16,7 +16,7 @@ from megatron_support import cpu_platform
 from torch import Tensor
 
 from r1mega.errors import UserError
-from r1mega.rollout import sglang_shards
+from r1mega.rollout import sglang_servers, sglang_shards
 from r1mega.rollout.engine import Sample, SamplingParams
 from r1mega.rollout.sglang_servers import Started
 from r1mega.rollout.sglang_sync import Control
@@ -59,7 +59,9 @@ def sums(server: Started) -> list[dict[str, str]]:
     return [rank["checksums"] for rank in server.client.post("/weights_checker", {"action": "checksum"}, 60)["ranks"]]
 
 
-@pytest.mark.parametrize(("transport", "limit"), [("tensor", 2**28), ("tensor", 30_000), ("request", 100_000)])
+@pytest.mark.parametrize(
+    ("transport", "limit"), [("tensor", 2**28), ("tensor", 30_000), ("request", 100_000), ("distributed", 2**28), ("distributed", 30_000)]
+)
 def test_own_shards_are_what_the_servers_loader_cuts(served, by_full_tensors, tmp_path, transport, limit):
     server, model = served
     with support.engine(server, model, tmp_path, **SHARDS, transport=transport, bucket_bytes=limit) as engine:
@@ -94,11 +96,12 @@ def test_derived_weights_are_stale_without_a_session_of_its_own(served, by_full_
         assert support.same(fresh, samples)
 
 
-def test_shards_of_trainer_ranks_reach_the_ranks_of_the_server(served, tmp_path):
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_shards_of_trainer_ranks_reach_the_ranks_of_the_server(served, tmp_path, transport):
     server, model = served
     layouts = [{"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}] if "base" in model.name else [{"tp": 2}, {"pp": 2}]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    settings = support.settings(server, **SHARDS, bucket_bytes=50_000).model_dump_json()
+    settings = support.settings(server, **SHARDS, transport=transport, bucket_bytes=50_000).model_dump_json()
     mp.spawn(sglang_ranks.work, (2, store.port, tmp_path, model, settings, layouts), nprocs=2)
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     for index in range(len(layouts)):
@@ -127,3 +130,13 @@ def test_shards_that_arrive_altered_are_named_and_not_served(served, tmp_path, m
             engine.sync(support.source(model, 4), version=4)
         assert "\n" not in str(error.value)
         engine.sync(support.source(model, 1), version=1)
+
+
+def test_a_server_without_our_loader_is_told_how_to_start(served, tmp_path, monkeypatch):
+    server, model = served
+    monkeypatch.setattr(sglang_servers, "LOADER", "another.load")
+    with (
+        pytest.raises(UserError, match=rf"{server.client.address} cannot take .*start it with --custom-weight-loader another.load and /"),
+        support.engine(server, model, tmp_path, **SHARDS, transport="distributed"),
+    ):
+        pass

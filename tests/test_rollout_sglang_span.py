@@ -14,6 +14,7 @@ from r1mega.config.rollout import Rollout, Sglang
 from r1mega.rollout.engine import SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_network import LOADER
 from r1mega.rollout.sglang_part import State
 from r1mega.rollout.sglang_places import Allocation
 from r1mega.rollout.sglang_sync import checksum
@@ -35,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[SglangEngine]:
     support.require()
-    told = Sglang(start_timeout_s=900, retries=2, request_timeout_s=300, bucket_bytes=100_000, layout={"tp": 2})
+    told = Sglang(
+        start_timeout_s=900, retries=2, request_timeout_s=300, bucket_bytes=100_000, layout={"tp": 2},
+        arguments=["--custom-weight-loader", LOADER],
+    )  # fmt: skip
     where = Surroundings("cpu", folder, trainer_gpus=1, allocation=NODES)
     with support.keepers(folder, (0, 1)), cpu_platform():
         opened = SglangEngine(Rollout(engine="sglang", sglang=told), MODEL, where)
@@ -74,7 +78,11 @@ def right(engine: SglangEngine, seed: int, folder: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("path", "transport"), [("full", "tensor"), ("full", "request"), ("full", "distributed"), ("shards", "tensor"), ("shards", "request")]
+    ("path", "transport"),
+    [
+        *(("full", "tensor"), ("full", "request"), ("full", "distributed")),
+        *(("shards", "tensor"), ("shards", "request"), ("shards", "distributed")),
+    ],
 )
 def test_weights_reach_the_ranks_of_both_nodes(engine: SglangEngine, tmp_path: Path, path: str, transport: str) -> None:
     use(engine, path, transport)

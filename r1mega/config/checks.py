@@ -51,6 +51,11 @@ def _check_placement(recipe: Recipe, stage: Stage, where: str, source: str) -> N
     """Servers on the trainer's GPUs draw when it does not train, and there is room for one model's."""
     if recipe.rollout.engine != "sglang" or recipe.rollout.sglang.placement != "colocated":
         return
+    if recipe.rollout.sglang.transport == "distributed" and recipe.run.platform == "cuda":
+        raise UserError(
+            f"{source}: 'rollout.sglang.transport': distributed needs a group with trainer and servers on GPUs of their own, as NCCL takes "
+            "each GPU once; use tensor for placement=colocated"
+        )
     if isinstance(stage, Grpo) and stage.staleness:
         raise UserError(
             f"{source}: '{where}.staleness': servers on the trainer's GPUs cannot draw while it trains; use "

@@ -61,13 +61,13 @@ class Sglang(Closed):
     path: Literal["full", "shards"] = Field(
         "full",
         description="what servers are sent: full: whole tensors, which every rank of a server cuts for itself, so any backend takes them; "
-        "shards: every rank its own parameters only, by transport tensor or request",
+        "shards: every rank its own parameters only, by transport tensor, request or distributed",
     )
     transport: Literal["tensor", "request", "distributed", "disk"] = Field(
         "tensor",
         description="how weights reach servers: tensor: by memory that servers on this machine map (shared memory, on GPUs CUDA IPC), as "
-        "request to any other; request: in HTTP requests; distributed: by a broadcast of rank 0, over NCCL or gloo; disk: by files in the "
-        "run's folder, which servers must see",
+        "request to any other; request: in HTTP requests; distributed: over NCCL or gloo, by a broadcast of rank 0, with path=shards from "
+        "each rank that holds a piece to the rank that keeps it; disk: by files in the run's folder, which servers must see",
     )
     block_fp8: bool = Field(
         False, description="send what DeepSeek's checkpoints quantise as e4m3 codes with a scale for every 128 x 128; for servers on GPUs"
@@ -85,8 +85,8 @@ class Sglang(Closed):
 
     @model_validator(mode="after")
     def _path_has_its_transport(self) -> "Sglang":
-        if self.path == "shards" and self.transport not in ("tensor", "request"):
-            raise ValueError(f"path=shards needs transport=tensor or request; SGLang has no {self.transport} for it")
+        if self.path == "shards" and self.transport == "disk":
+            raise ValueError("path=shards needs transport=tensor, request or distributed: files hold whole tensors")
         return self
 
     @field_validator("addresses")

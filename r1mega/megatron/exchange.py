@@ -12,6 +12,7 @@ from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
+from r1mega.errors import UserError
 from r1mega.megatron import model, platform
 from r1mega.megatron.gathering import gathered
 from r1mega.weights.architecture import Architecture
@@ -20,7 +21,8 @@ from r1mega.weights.direct import direct_plan
 from r1mega.weights.moving import Read, assemble, gather_local, load_local
 from r1mega.weights.placement import LocalParam, Spelling, placement
 from r1mega.weights.plan import ExportPlan, export_plan
-from r1mega.weights.source import Filled, Room
+from r1mega.weights.shipping import parcel
+from r1mega.weights.source import Filled, Parcels, Room
 from r1mega.weights.sync import Bucket, full_plan
 from r1mega.weights.wire import Wire
 
@@ -32,7 +34,7 @@ class Exchange:
         self._arch, self._layout, self._weights = arch, layout, weights
         self._spelling = Spelling(spec=platform.active().SPELLING, mtp_layer=model.mtp_layer_name())
         self._world, self._rank = dist.get_world_size(), dist.get_rank()
-        self._shards: dict[tuple[EngineLayout, int, Wire, int, int], tuple[Bucket, ...]] = {}
+        self._shards: dict[tuple[EngineLayout, int, Wire, int, int | None, int], tuple[Bucket, ...]] = {}
 
     @cached_property
     def placed(self) -> list[LocalParam]:
@@ -95,12 +97,32 @@ class Exchange:
         self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, on: int, rank: int, room: Room | None = None
     ) -> Filled:
         """See `WeightSource.params`. Engine ranks are numbered as trainer ranks: what these hold themselves is sent by nobody."""
-        key = (engine, engine_rank, wire, limit, on)
+        # Of a bucket that comes together elsewhere this rank need not know what the others send.
+        buckets = self._buckets(engine, engine_rank, wire, limit, only=None if rank == on else rank)
+        return gathered(buckets, self._weights, wire, platform.active().device(), on, room)
+
+    def parcels(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, rank: int) -> Parcels:
+        """See `WeightSource.parcels`."""
+        # Servers share no GPU with the trainer here, so their ranks are numbered behind its.
+        for bucket in self._buckets(engine, engine_rank, wire, limit, rank, first=self._world):
+            if any(entry.quantised for entry in bucket.entries):
+                name = next(entry.name for entry in bucket.entries if entry.quantised)
+                raise UserError(
+                    f"rollout.sglang.block_fp8: no rank can quantise its part of {name} alone, as layouts cut its blocks of 128 x 128; "
+                    "use rollout.sglang.path=full"
+                )
+            mine = rank in bucket.messages
+            yield bucket, parcel(self._weights, bucket, rank, wire, platform.active().device()) if mine else None
+
+    def _buckets(
+        self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, only: int | None, first: int = 0
+    ) -> tuple[Bucket, ...]:
+        """Of one rank of a server, with the messages of all ranks of the trainer or of one; `first`: see `direct_plan`."""
+        key = (engine, engine_rank, wire, limit, only, first)
         if key not in self._shards:
-            plan = _direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire)
-            # Of a bucket that comes together elsewhere this rank need not know what the others send.
-            self._shards[key] = tuple(plan.buckets(engine_rank, limit, only=None if rank == on else rank))
-        return gathered(self._shards[key], self._weights, wire, platform.active().device(), on, room)
+            plan = _direct_plan(self._arch, self._layout, self._world, self._spelling, engine, wire, first)
+            self._shards[key] = tuple(plan.buckets(first + engine_rank, limit, only=only))
+        return self._shards[key]
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every canonical tensor, on every rank, in the given dtype (float32 where checkpoints always keep it).

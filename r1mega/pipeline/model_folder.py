@@ -17,7 +17,7 @@ from r1mega.weights.boxes import Box
 from r1mega.weights.canonical import canonical
 from r1mega.weights.safetensors_in import Reader
 from r1mega.weights.safetensors_out import Encoding, copy_side_files, save
-from r1mega.weights.source import Filled, Room, Whole
+from r1mega.weights.source import Filled, Parcels, Room, Whole
 from r1mega.weights.wire import Wire
 
 
@@ -94,6 +94,11 @@ class ModelFolder:
         """An engine rank's parameters (`WeightSource`)."""
         with self.open() as reader:
             yield from Whole(self.arch, reader.read).params(engine, engine_rank, wire, limit, on, rank, room)
+
+    def parcels(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, rank: int) -> Parcels:
+        """What a rank gives to an engine rank's parameters (`WeightSource`)."""
+        with self.open() as reader:
+            yield from Whole(self.arch, reader.read).parcels(engine, engine_rank, wire, limit, rank)
 
     def write(self, target: Path, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """A copy of this folder with new weights. Tensors that `values` lacks (an untrained MTP layer) are taken over from here.

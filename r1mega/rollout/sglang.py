@@ -28,9 +28,10 @@ from r1mega.rollout.routing import check_routing
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_memory import Memory, Part
+from r1mega.rollout.sglang_network import ShardsByNetwork
 from r1mega.rollout.sglang_payload import carrier, is_here
-from r1mega.rollout.sglang_servers import Fleet, check_model, check_wire
-from r1mega.rollout.sglang_shards import OwnShards
+from r1mega.rollout.sglang_servers import Fleet, check_loader, check_model, check_wire, shards_by_network
+from r1mega.rollout.sglang_shards import Shards, ShardsByPayload
 from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport, checksum
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.shipping import tensors
@@ -87,21 +88,26 @@ class SglangEngine:
     def _check_models(self) -> None:
         for client in self._pool.clients:
             check_model(client, self._model_dir, self._layout)
+            if shards_by_network(self._sglang):
+                check_loader(client)
 
-    def _new_transport(self, here: list[list[bool]]) -> Transport | OwnShards:
+    def _new_transport(self, here: list[list[bool]]) -> Transport | Shards[Any]:
         shards, control, tp = self._sglang.path == "shards", self._control, self._layout.tp
         if self._sglang.transport == "disk":
             return ByDisk(control, self._where.folder / "weights")
         if self._sglang.transport == "distributed":
-            return ByBroadcast(control, tp, "nccl" if self._where.platform == "cuda" else "gloo")
+            backend = "nccl" if self._where.platform == "cuda" else "gloo"
+            return ShardsByNetwork(control, self._layout, backend) if shards else ByBroadcast(control, tp, backend)
         near = self._sglang.transport == "tensor" and any(map(any, here))
         # Two buckets at a time; of own shards, two of every engine rank.
         memory = carrier(self._where.platform, 2 * (tp if shards else 1)) if near else None
         if not shards:
             return ByTensor(control, here, memory)
-        found = OwnShards(control, self._layout, here, memory)
+        found = ShardsByPayload(control, self._layout, here, memory)
         if self._wire.block_fp8 and not all(way.near for way in found.ways):
-            raise UserError("rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use path=full")
+            raise UserError(
+                "rollout.sglang: own shards in block FP8 do not travel in requests, torch pickles no float8; use transport=distributed"
+            )
         return found
 
     # -------------------------------------------------------- weights
@@ -136,7 +142,7 @@ class SglangEngine:
     def _sent(self, source: WeightSource) -> str | None:
         """Send this rank's buckets, each while the next is gathered; why that failed. Gathering goes on then: other ranks take part."""
         transport, limit = self._transport, self._sglang.bucket_bytes
-        if isinstance(transport, OwnShards):
+        if isinstance(transport, Shards):
             return transport.send(source, self._wire, limit)
         error: str | None = None
         under_way: Future[str | None] | None = None

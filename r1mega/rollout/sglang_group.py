@@ -1,4 +1,4 @@
-"""`distributed`: rank 0 broadcasts buckets to all ranks of all servers, over NCCL or gloo."""
+"""Process groups with servers, over NCCL or gloo, and `distributed`: rank 0 broadcasts buckets to all ranks of all servers."""
 
 import socket
 import time
@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,12 +16,79 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from r1mega.rollout.sglang_client import Refused, Unanswered
+from r1mega.rollout.sglang_part import address_towards
 from r1mega.rollout.sglang_sync import Control, Failed
 from r1mega.weights.source import Room
 from r1mega.weights.sync import Bucket
 
 _JOIN_S = 300.0
 _LOOK_S = 0.002
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where a group forms: its first ranks are the trainer's, then follow those of the first server, of the second, and so on."""
+
+    address: str
+    port: int
+    name: str
+    backend: str
+    """"gloo" or "nccl"."""
+    trainers: int
+    tp: int
+    servers: int
+
+    @classmethod
+    def with_servers(cls, control: Control, tp: int, backend: str, trainers: int) -> "Meeting":
+        """At this rank, which has to be the group's first."""
+        first = urlsplit(control.clients[0].address)
+        address = address_towards(first.hostname or "", first.port or 80)
+        return cls(address, _free_port(), f"r1mega-{uuid.uuid4().hex}", backend, trainers, tp, len(control.clients))
+
+    @property
+    def world(self) -> int:
+        """Ranks of the group."""
+        return self.trainers + self.tp * self.servers
+
+    @property
+    def invitations(self) -> list[dict[str, object]]:
+        """For every server, what /init_weights_update_group is to be told; it answers when all have come."""
+        return [
+            {
+                "master_address": self.address,
+                "master_port": self.port,
+                "rank_offset": self.trainers + self.tp * server,
+                "world_size": self.world,
+                "group_name": self.name,
+                "backend": self.backend,
+            }
+            for server in range(self.servers)
+        ]
+
+    def joined(self, rank: int) -> Any:
+        """The group, on a rank of the trainer: as SGLang's `init_custom_process_group`, torch offers no public way into a second world.
+
+        Failed when the others do not come.
+        """
+        timeout = timedelta(seconds=_JOIN_S)
+        try:
+            store, _, _ = next(iter(dist.rendezvous(f"tcp://{self.address}:{self.port}", rank, self.world, timeout=timeout)))
+            store = dist.PrefixStore(self.name, store)
+            joining: Any = c10d._new_process_group_helper
+            group, _ = joining(self.world, rank, [], c10d.Backend(self.backend), store, group_name=self.name, timeout=timeout)
+        except (RuntimeError, dist.DistError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Failed(f"no process group with the servers at {self.address}:{self.port}: {reason}") from None
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.world)}
+        return group
+
+
+def leave(control: Control | None, name: str, group: Any) -> None:
+    """End a group; `control`: for telling servers that are still there."""
+    if control is not None:
+        with suppress(Failed):
+            control.post("/destroy_weights_update_group", {"group_name": name})
+    dist.destroy_process_group(group)
 
 
 class ByBroadcast:
@@ -30,7 +98,7 @@ class ByBroadcast:
     room: Room | None = None
 
     def __init__(self, control: Control, tp: int, backend: str) -> None:
-        """`backend`: "gloo" or "nccl"."""
+        """`backend`: see `Meeting`."""
         self._control, self._tp, self._backend = control, tp, backend
         self._name, self._group = "", None
         self._threads = ThreadPoolExecutor(len(control.clients), thread_name_prefix="broadcast")
@@ -66,34 +134,15 @@ class ByBroadcast:
         """Leave the group; servers that are still there are told to."""
         if self._group is not None:
             name, group, self._name, self._group = self._name, self._group, "", None
-            with suppress(Failed):
-                self._control.post("/destroy_weights_update_group", {"group_name": name})
-            dist.destroy_process_group(group)
+            leave(self._control, name, group)
         self._threads.shutdown(wait=False)
 
     def _join(self) -> None:
-        address, port, name = _own_address(self._control.clients[0].address), _free_port(), f"r1mega-{uuid.uuid4().hex}"
-        world = 1 + self._tp * len(self._control.clients)
-        asked = self._ask(
-            "/init_weights_update_group",
-            [
-                {
-                    "master_address": address,
-                    "master_port": port,
-                    "rank_offset": 1 + index * self._tp,
-                    "world_size": world,
-                    "group_name": name,
-                    "backend": self._backend,
-                }
-                for index in range(len(self._control.clients))
-            ],
-        )
-        try:
-            self._group = _joined(address, port, world, name, self._backend)
-        except (RuntimeError, dist.DistError) as error:
-            raise Failed(f"no process group with the servers at {address}:{port}: {' '.join(str(error).split())[:200]}") from None
+        meeting = Meeting.with_servers(self._control, self._tp, self._backend, trainers=1)
+        asked = self._ask("/init_weights_update_group", meeting.invitations)
+        self._group = meeting.joined(0)
         self._answers(asked)
-        self._name = name
+        self._name = meeting.name
 
     def _ask(self, path: str, bodies: Sequence[Any]) -> list[Future[Any]]:
         """One request to each server, at the same time."""
@@ -109,26 +158,6 @@ class ByBroadcast:
         if isinstance(errors[0], Unanswered | Refused):
             raise Failed(str(errors[0]))
         raise errors[0]
-
-
-def _joined(address: str, port: int, world: int, name: str, backend: str) -> Any:
-    """Rank 0's side of SGLang's `init_custom_process_group`: torch offers no public way into a second world."""
-    timeout = timedelta(seconds=_JOIN_S)
-    store, _, _ = next(iter(dist.rendezvous(f"tcp://{address}:{port}", 0, world, timeout=timeout)))
-    store = dist.PrefixStore(name, store)
-    joining: Any = c10d._new_process_group_helper
-    group, _ = joining(world, 0, [], c10d.Backend(backend), store, group_name=name, timeout=timeout)
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-    return group
-
-
-def _own_address(server: str) -> str:
-    """The address of this machine as a server sees it."""
-    parts = urlsplit(server)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))
-        address: str = probe.getsockname()[0]
-        return address
 
 
 def _free_port() -> int:

@@ -13,8 +13,10 @@ from r1mega import env
 from r1mega.process import die_with_parent
 
 LOOPBACK = "127.0.0.1"
-_LAUNCHER = Path(__file__).with_name("sglang_serve.py")
+INSIDE = Path(__file__).with_name("in_sglang")
+"""What servers' processes find beside SGLang's own modules."""
 _KEY = "R1MEGA_ENGINE_KEY"
+_PATH = "PYTHONPATH"
 _LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 _MEETING_PORTS = 7
 """Ranks of a server that spans nodes meet at the first; with copies of the attention its processes talk at those that follow."""
@@ -86,8 +88,10 @@ class Part:
         bound = order.ranks if order.ranks * order.parts > 1 else 0
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [order.python, str(_LAUNCHER), _KEY, *words],
-                env=env.for_servers(order.threads, bound, order.platform, {_LONGER: "1"} | ({_KEY: key} if key else {})),
+                [order.python, str(INSIDE / "serve.py"), _KEY, *words],
+                env=env.for_servers(
+                    order.threads, bound, order.platform, {_LONGER: "1", _PATH: str(INSIDE)} | ({_KEY: key} if key else {})
+                ),
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

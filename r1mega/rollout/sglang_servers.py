@@ -15,7 +15,8 @@ from r1mega.errors import UserError
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_keeper import Ordered
-from r1mega.rollout.sglang_part import LOOPBACK, Order, Part, State
+from r1mega.rollout.sglang_network import LOADER
+from r1mega.rollout.sglang_part import INSIDE, LOOPBACK, Order, Part, State
 from r1mega.rollout.sglang_places import places, rooms
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.blocks import BLOCK
@@ -58,6 +59,11 @@ def key_of(settings: Sglang) -> str | None:
     return env.secret(settings.key_variable) if settings.key_variable else None
 
 
+def shards_by_network(settings: Sglang) -> bool:
+    """Whether weights come by a loader of ours."""
+    return (settings.path, settings.transport) == ("shards", "distributed")
+
+
 def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, gpu: int) -> list[str]:
     """Of `sglang.launch_server`, for a server that gets its weights from a trainer and speaks token ids alone, without its addresses.
 
@@ -95,6 +101,8 @@ def arguments(settings: Sglang, model_dir: Path, dtype: str, platform: str, gpu:
         found.append("--enable-memory-saver")
     if settings.mem_fraction:
         found += ["--mem-fraction-static", str(settings.mem_fraction)]
+    if shards_by_network(settings):
+        found += ["--custom-weight-loader", LOADER]
     found += _CPU_ARGUMENTS if platform == "cpu" else ("--base-gpu-id", str(gpu))
     return [*found, *settings.arguments]
 
@@ -354,3 +362,12 @@ def check_model(client: Client, model_dir: Path, layout: EngineLayout) -> None:
             raise UserError(
                 f"{serves}, whose parameters differ from those of {model_dir} under rollout.sglang.layout: {', '.join(unknown[:4])}"
             )
+
+
+def check_loader(client: Client) -> None:
+    """UserError, one line, when a server was started without the loader of own shards over the network."""
+    if LOADER not in (client.get("/server_info", _ANSWER_S).get("custom_weight_loader") or []):
+        raise UserError(
+            f"rollout.sglang.addresses: {client.address} cannot take path=shards by transport=distributed; start it with "
+            f"--custom-weight-loader {LOADER} and {INSIDE} in PYTHONPATH"
+        )

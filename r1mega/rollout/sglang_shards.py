@@ -1,20 +1,91 @@
-"""The path of own shards: every rank of a server is sent its own parameters, as it keeps them (SGLang's load format "direct").
+"""The path of own shards: every rank of a server is sent its own parameters, as it keeps them.
 
-A request carries one payload for every rank of a server, so buckets go out in rounds, one for each of these ranks. Each is gathered on a
-rank of the trainer on the same machine, once for all servers that have that rank there; rank 0 collects the payloads, handles as a rule,
-and makes the requests. What is on a machine without a rank of the trainer is gathered on rank 0 and travels as bytes.
+A request carries one payload for every rank of a server, so buckets go out in rounds, one for each of these ranks. What the payloads are
+is the transport's: the parameters (`ShardsByPayload`), or a note of what follows over the network (`sglang_network`).
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.pipeline import ranks
 from r1mega.rollout.sglang_payload import Carrier, InBytes, named
 from r1mega.rollout.sglang_sync import Control, Failed, contents, load
 from r1mega.weights.source import WeightSource
+from r1mega.weights.sync import Bucket
 from r1mega.weights.wire import Wire
+
+Given = TypeVar("Given")
+
+
+class Shards(ABC, Generic[Given]):
+    """Sends a source's weights to all servers, which are alike. Every rank calls what it offers alike; `Given` is what a rank adds."""
+
+    load_format: str
+    """What SGLang makes of a payload."""
+
+    def __init__(self, control: Control, layout: EngineLayout) -> None:
+        self.control, self.layout = control, layout
+
+    def begin(self) -> None:
+        """On rank 0, before the first bucket."""
+        self.control.begin()
+
+    def send(self, source: WeightSource, wire: Wire, limit: int) -> str | None:
+        """Send all rounds, each while the next one is gathered; why that failed, on every rank the same.
+
+        Args:
+            limit: bytes of a round, of all ranks of a server together.
+        """
+        me = ranks.number()
+        under_way: Future[str | None] | None = None
+        lost: str | None = None
+        with ThreadPoolExecutor(1) as thread:
+            for bucket, mine in self.rounds(source, wire, limit):
+                error = (under_way.result() if under_way else None) or lost
+                # After this every rank may write over what the round before last has left.
+                told = ranks.gathered((None if me == 0 else mine, error))
+                if errors := [error for _, error in told if error is not None]:
+                    return errors[0]
+                lost = self.go()
+                if me == 0:
+                    given = [mine, *(one for one, _ in told[1:] if one is not None)]
+                    under_way = thread.submit(self._load, self.payloads(bucket, given), f"parameters {contents(bucket)}")
+            error = (under_way.result() if under_way else None) or lost
+            return next((error for error in ranks.gathered(error) if error is not None), None)
+
+    @abstractmethod
+    def rounds(self, source: WeightSource, wire: Wire, limit: int) -> Iterator[tuple[Bucket, Given]]:
+        """A bucket of every round, of whichever rank of a server, and what this rank of the trainer adds to it. `limit`: as of `send`."""
+
+    @abstractmethod
+    def payloads(self, bucket: Bucket, given: Sequence[Given]) -> list[list[str]]:
+        """On rank 0, payloads of a round, by server and rank, from what all ranks of the trainer have added, in their order."""
+
+    def go(self) -> str | None:
+        """On every rank, when a round is about to be asked for; why this rank cannot give what it has announced."""
+        return None
+
+    def _load(self, payloads: list[list[str]], what: str) -> str | None:
+        try:
+            load(self.control, payloads, self.load_format, what)
+        except Failed as error:
+            return str(error)
+        return None
+
+    def end(self) -> None:
+        """On rank 0, after all buckets. What the engine derives from parameters is stale until a session without loads ends."""
+        self.control.end()
+        self.control.derive()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is shared with servers."""
 
 
 @dataclass(frozen=True)
@@ -38,68 +109,44 @@ def ways(here: Sequence[Sequence[Sequence[bool]]], tp: int) -> list[Way]:
     return [Way(rank, home, near, tuple(servers)) for (rank, home, near), servers in sorted(found.items())]
 
 
-class OwnShards:
-    """Sends a source's weights to all servers, which are alike. Every rank calls what it offers alike."""
+class ShardsByPayload(Shards[Mapping[tuple[int, int], str]]):
+    """`tensor` and `request`, with SGLang's load format "direct".
+
+    A rank's parameters are gathered on a rank of the trainer on the same machine, once for all servers that have that rank there; rank 0
+    collects the payloads, handles as a rule. What is on a machine without a rank of the trainer is gathered on rank 0 and travels as bytes.
+    """
+
+    load_format = "direct"
 
     def __init__(self, control: Control, layout: EngineLayout, here: Sequence[Sequence[bool]], memory: Carrier | None) -> None:
         """`here`, `memory`: as of `ByTensor`, on each rank its own."""
-        self._control, self._layout, self._memory = control, layout, memory
+        super().__init__(control, layout)
+        self._memory = memory
         self.ways = ways(ranks.gathered([[flag and memory is not None for flag in server] for server in here]), layout.tp)
 
-    def begin(self) -> None:
-        """On rank 0, before the first bucket."""
-        self._control.begin()
+    def rounds(self, source: WeightSource, wire: Wire, limit: int) -> Iterator[tuple[Bucket, Mapping[tuple[int, int], str]]]:
+        """Payloads by server and rank."""
+        me, room = ranks.number(), self._memory.room if self._memory else None
+        each = max(1, limit // self.layout.tp)
+        walks = [source.params(self.layout, way.engine_rank, wire, each, way.home, me, room if way.near else None) for way in self.ways]
+        for parts in zip(*walks, strict=True):
+            mine: dict[tuple[int, int], str] = {}
+            for way, (bucket, flat) in zip(self.ways, parts, strict=True):
+                if flat is not None:
+                    mine |= self._payloads(way, named(bucket, flat))
+            yield parts[0][0], mine
 
-    def send(self, source: WeightSource, wire: Wire, limit: int) -> str | None:
-        """Send all rounds, each while the next one is gathered; why that failed, on every rank the same.
-
-        Args:
-            limit: bytes of a round, of all ranks of a server together.
-        """
-        me, tp = ranks.number(), self._layout.tp
-        room = self._memory.room if self._memory else None
-        walks = [
-            source.params(self._layout, way.engine_rank, wire, max(1, limit // tp), way.home, me, room if way.near else None)
-            for way in self.ways
-        ]
-        under_way: Future[str | None] | None = None
-        with ThreadPoolExecutor(1) as thread:
-            for parts in zip(*walks, strict=True):
-                mine: dict[tuple[int, int], str] = {}
-                for way, (bucket, flat) in zip(self.ways, parts, strict=True):
-                    if flat is not None:
-                        mine |= self._payloads(way, named(bucket, flat))
-                # After this every rank may write over what the round before last has left.
-                told = ranks.gathered(({} if me == 0 else mine, under_way.result() if under_way else None))
-                error = told[0][1]
-                if error is not None:
-                    return error
-                if me == 0:
-                    all_of = {place: payload for given, _ in [(mine, None), *told] for place, payload in given.items()}
-                    what = f"parameters {contents(parts[0][0])}"
-                    servers = range(len(self._control.clients))
-                    under_way = thread.submit(self._load, [[all_of[server, rank] for rank in range(tp)] for server in servers], what)
-            return ranks.shared(lambda: under_way.result() if under_way else None)
-
-    def _payloads(self, way: Way, content: object) -> dict[tuple[int, int], str]:
-        """By server and rank."""
+    def _payloads(self, way: Way, content: list[tuple[str, Tensor]]) -> dict[tuple[int, int], str]:
         carrier = self._memory if way.near and self._memory else InBytes()
         found = carrier.payloads(content, len(way.servers))
         return {(server, way.engine_rank): payload for server, payload in zip(way.servers, found, strict=True)}
 
-    def _load(self, payloads: list[list[str]], what: str) -> str | None:
-        try:
-            load(self._control, payloads, "direct", what)
-        except Failed as error:
-            return str(error)
-        return None
-
-    def end(self) -> None:
-        """On rank 0, after all buckets. What the engine derives from parameters is stale until a session without loads ends."""
-        self._control.end()
-        self._control.derive()
+    def payloads(self, bucket: Bucket, given: Sequence[Mapping[tuple[int, int], str]]) -> list[list[str]]:
+        """See `Shards.payloads`."""
+        all_of = {place: payload for one in given for place, payload in one.items()}
+        return [[all_of[server, rank] for rank in range(self.layout.tp)] for server in range(len(self.control.clients))]
 
     def close(self) -> None:
-        """Free what is shared with servers."""
+        """See `Shards.close`."""
         if self._memory:
             self._memory.close()

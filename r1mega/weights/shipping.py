@@ -2,13 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from r1mega.weights import fp8
 from r1mega.weights.blocks import SCALE
-from r1mega.weights.boxes import Piece
+from r1mega.weights.boxes import Box, Piece
 from r1mega.weights.moving import Params
 from r1mega.weights.sync import Bucket, Segment
 from r1mega.weights.wire import DType, Wire
@@ -28,6 +31,43 @@ def message(params: Params, bucket: Bucket, rank: int, wire: Wire, out: Tensor |
     for segment, values in _read(params, segments, wire):
         _segment_of(out, segment).copy_(values)
     return out
+
+
+class Patch(NamedTuple):
+    """Region start..stop of entry `entry` as a matrix, and where its values lie in a message."""
+
+    entry: int
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    dtype: DType
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one rank gives to a bucket that is put together elsewhere: a message, uint8, and where its parts belong."""
+
+    patches: tuple[Patch, ...]
+    message: Tensor
+
+
+def parcel(params: Params, bucket: Bucket, rank: int, wire: Wire, device: torch.device) -> Parcel:
+    """A rank's message to a bucket none of whose entries is `quantised`, on a device."""
+    patches = tuple(
+        Patch(found.entry, found.box.start, found.box.stop, found.dtype, found.offset, found.nbytes) for found in bucket.messages[rank]
+    )
+    out = torch.empty(bucket.message_bytes(rank), dtype=torch.uint8, device=device)
+    return Parcel(patches, message(params, bucket, rank, wire, out))
+
+
+def whole_parcel(bucket: Bucket, flat: Tensor) -> Parcel:
+    """All of a bucket, uint8 [bucket.nbytes], as the gift of one rank."""
+    patches = []
+    for index, entry in enumerate(bucket.entries):
+        box = Box.whole((prod(entry.shape[:-1]), entry.shape[-1]) if len(entry.shape) > 2 else entry.shape)
+        patches.append(Patch(index, box.start, box.stop, entry.dtype, entry.offset, entry.nbytes))
+    return Parcel(tuple(patches), flat)
 
 
 class Assembly:

@@ -18,12 +18,15 @@ from r1mega.weights.direct import DirectPlan, direct_plan
 from r1mega.weights.engine import engine_params
 from r1mega.weights.moving import Read, reader_of
 from r1mega.weights.placement import Spelling
-from r1mega.weights.shipping import tensors, torch_dtype
+from r1mega.weights.shipping import Parcel, tensors, torch_dtype, whole_parcel
 from r1mega.weights.sync import Bucket, FullPlan, full_plan
 from r1mega.weights.wire import Wire
 
 Filled = Iterator[tuple[Bucket, Tensor | None]]
 """Buckets, and the bytes of each (uint8 [bucket.nbytes]) on the one rank that has it."""
+
+Parcels = Iterator[tuple[Bucket, Parcel | None]]
+"""Buckets, and what this rank gives to each."""
 
 Room = Callable[[int], Tensor]
 """Where a bucket is put together: uint8 [nbytes], asked for on the rank that gathers it, and written over."""
@@ -58,6 +61,12 @@ class WeightSource(Protocol):
     ) -> Filled:
         """The parameters of one rank of a server as it keeps them, gathered on rank `on`. What nobody holds, padding, is zero."""
 
+    def parcels(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, rank: int) -> Parcels:
+        """The parameters of one rank of all servers (0 <= `engine_rank` < `engine.ranks`), gathered nowhere: what this rank gives to each.
+
+        UserError where ranks cannot quantise alone.
+        """
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -87,6 +96,12 @@ class Whole:
 
         for bucket in _whole_direct_plan(self.arch, engine, wire).buckets(engine_rank, limit):
             yield bucket, self._filled(bucket, wire, pieces, room) if rank == on else None
+
+    def parcels(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, rank: int) -> Parcels:
+        """See `WeightSource.parcels`."""
+        one = engine.model_copy(update={"servers": 1})
+        for bucket, flat in self.params(one, engine_rank % engine.tp, wire, limit, 0, rank):
+            yield bucket, None if flat is None else whole_parcel(bucket, flat)
 
     def _filled(self, bucket: Bucket, wire: Wire, regions: Callable[[str], Iterable[Region]], room: Room | None) -> Tensor:
         flat = torch.empty(bucket.nbytes, dtype=torch.uint8) if room is None else room(bucket.nbytes)
@@ -135,6 +150,10 @@ class Mapped:
     ) -> Filled:
         """See `WeightSource.params`."""
         return self._whole.params(engine, engine_rank, wire, limit, on, rank, room)
+
+    def parcels(self, engine: EngineLayout, engine_rank: int, wire: Wire, limit: int, rank: int) -> Parcels:
+        """See `WeightSource.parcels`."""
+        return self._whole.parcels(engine, engine_rank, wire, limit, rank)
 
     @property
     def _whole(self) -> Whole:

@@ -36,6 +36,7 @@ from r1mega.megatron.exchange import Exchange
 from r1mega.pipeline import ranks
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_network import LOADER
 from r1mega.rollout.sglang_payload import InSegments
 from r1mega.rollout.sglang_servers import Started
 from r1mega.weights.architecture import Architecture
@@ -52,6 +53,7 @@ WIRE = Wire("float32")
 WAYS: dict[str, dict[str, str]] = {
     "tensor": {"transport": "tensor"},
     "own shards": {"transport": "tensor", "path": "shards"},
+    "own, network": {"transport": "distributed", "path": "shards"},
     "request": {"transport": "request"},
     "distributed": {"transport": "distributed"},
     "disk": {"transport": "disk"},
@@ -163,6 +165,12 @@ class Bench:
                 lambda: [None for r in range(tp) for _ in self.exchange.params(self.engine_layout, r, WIRE, self.limit, r, me)],
             )
         wrong = []
+        apart = direct_plan(arch, layout, world, Spelling(), self.engine_layout, WIRE, first=world).links()
+        for rank in range(tp):
+            parcels = [parcel for _, parcel in self.exchange.parcels(self.engine_layout, rank, WIRE, self.limit, me) if parcel]
+            given = sum(parcel.message.nbytes for parcel in parcels)
+            if given != apart[me, world + rank]:
+                wrong.append(f"own, network: rank {me} to {rank} of the server: {given:,} bytes, {apart[me, world + rank]:,} planned")
         for name, (planned, walk) in walks.items():
             with counted() as moved:
                 walk()
@@ -261,8 +269,9 @@ def main() -> int:
         model.mkdir()
         (model / "config.json").write_text(json.dumps(config(options.gigabytes)))
         settings = Sglang(
-            layout=EngineLayout(tp=options.tp), start_timeout_s=1800, max_total_tokens=2048, max_running_requests=2, deterministic=False
-        )
+            layout=EngineLayout(tp=options.tp), start_timeout_s=1800, max_total_tokens=2048, max_running_requests=2, deterministic=False,
+            arguments=["--custom-weight-loader", LOADER],
+        )  # fmt: skip
         server = Started(settings, model, "float32", Surroundings("cpu", folder), 0)
         try:
             while not server.ready():

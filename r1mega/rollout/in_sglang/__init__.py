@@ -1,0 +1,4 @@
+"""What runs in SGLang's own environment, where the rest of this package is not: files that import torch and SGLang alone.
+
+`serve` starts a server. This folder is on its processes' path, so that SGLang finds `r1mega_loader`.
+"""
