@@ -164,3 +164,10 @@ def test_a_bucket_that_is_not_taken_is_named():
 def test_own_shards_have_their_transports():
     with pytest.raises(ValueError, match="path=shards needs transport=tensor, request or distributed: files hold whole tensors"):
         Sglang(path="shards", transport="disk")
+
+
+def test_servers_draft_with_no_model_that_a_sync_leaves_behind():
+    for words in (["--speculative-algorithm", "EAGLE"], ["--speculative-algorithm=NEXTN"]):
+        with pytest.raises(ValueError, match="no sync brings weights of a draft model"):
+            Sglang(arguments=words)
+    Sglang(arguments=["--speculative-algorithm", "NGRAM"])

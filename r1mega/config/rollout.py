@@ -89,6 +89,16 @@ class Sglang(Closed):
             raise ValueError("path=shards needs transport=tensor, request or distributed: files hold whole tensors")
         return self
 
+    @field_validator("arguments")
+    @classmethod
+    def _draft_with_no_model(cls, arguments: list[str]) -> list[str]:
+        words = " ".join(arguments).replace("=", " ").split()
+        if "--speculative-algorithm" in words and "NGRAM" not in words:
+            raise ValueError(
+                "--speculative-algorithm: no sync brings weights of a draft model, the MTP layer's neither; leave it out, or use NGRAM"
+            )
+        return arguments
+
     @field_validator("addresses")
     @classmethod
     def _are_urls(cls, addresses: list[str]) -> list[str]:
