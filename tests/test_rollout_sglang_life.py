@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from megatron_support import cpu_platform
 
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
-from r1mega.rollout import sglang_shards
+from r1mega.rollout import sglang_part, sglang_shards
 from r1mega.rollout.engine import SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
@@ -142,3 +143,15 @@ def test_no_environment_with_sglang_is_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"run tools/install_sglang_cpu, or name the interpreter of one as rollout.sglang.python"):
         engines.require(Rollout(engine="sglang"))
+
+
+@pytest.mark.proof
+def test_a_server_whose_port_is_taken_while_it_starts_ends_and_says_so(tmp_path, monkeypatch):
+    """SGLang's processes serve on when its HTTP cannot; `pytest -m proof tests/test_rollout_sglang_life.py -k port`, half a minute."""
+    support.require()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(sglang_part, "free_port", lambda host, count=1: other.getsockname()[1])
+        other.listen()
+        with cpu_platform(), pytest.raises(UserError, match=r"ended while it started \(exit code 1\): .*address already in use; its log: "):
+            SglangEngine(own(), MODEL, Surroundings("cpu", tmp_path))

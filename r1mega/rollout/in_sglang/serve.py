@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 
 
 class _Hidden(str):
@@ -46,7 +47,13 @@ def main() -> None:
     settings = prepare_server_args(arguments)
     key = os.environ.pop(variable, None)
     settings.api_key = _Hidden(key) if key else None
-    run_server(settings)
+    try:
+        run_server(settings)
+    except BaseException:  # noqa: BLE001 - whatever ended it has to be in the log, and then all of it has to end
+        traceback.print_exc()
+    # Where no HTTP could be served, an orderly exit would wait for ever for processes that serve on.
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":
