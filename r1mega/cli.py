@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"r1mega: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has had enough. Python would say so again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _declare_overrides(parser: argparse.ArgumentParser) -> None:

@@ -38,9 +38,6 @@ from r1mega.weights.engine import check_engine
 from r1mega.weights.pipeline import stages
 from r1mega.weights.placement import check_layout
 
-SYNC_BUCKET = 2.0**28
-"""Bytes of a bucket of a weight sync."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -278,7 +275,7 @@ class _Planner:
         # While another model computes, the policy's weights wait on the host too.
         others = reference + len(stage.reward_models)
         memory = training_memory(
-            arch, layout, settings.gpus, how, count, copies=others + bool(others), bucket_bytes=SYNC_BUCKET, constants=constants
+            arch, layout, settings.gpus, how, count, copies=others + bool(others), bucket_bytes=self._bucket(), constants=constants
         )
         engine = self._engine()
         generation = self._generation(engine)
@@ -339,6 +336,11 @@ class _Planner:
         """What draws, as far as SGLang's servers go; the embedded engine, of which there is one a rank, is planned as servers too."""
         rollout = self.recipe.rollout
         return replace(self._servers(), running=rollout.sglang.max_running_requests if rollout.engine == "sglang" else rollout.batch)
+
+    def _bucket(self) -> float:
+        """Bytes of a weight sync that a rank puts together at once: of own shards, those of one GPU of a server."""
+        sglang = self.recipe.rollout.sglang
+        return sglang.bucket_bytes / (sglang.layout.tp if sglang.path == "shards" else 1)
 
     def _servers(self) -> Engine:
         """As `--engine-tp` says, or the recipe's servers; where neither says anything, the smallest that leave room for a cache."""
