@@ -422,6 +422,7 @@ def _plan(options: argparse.Namespace) -> int:
     settings = Settings(
         found,
         recipe.run.ranks,
+        other_gpus=options.gpus is not None,
         response=options.response,
         engine_tp=options.engine_tp,
         engine_fp8=options.engine_fp8,

@@ -41,10 +41,11 @@ from r1mega.weights.placement import check_layout
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe does not say."""
+    """What a recipe does not say. `other_gpus`: their number is not the recipe's, so colocated servers are as many as there is room for."""
 
     device: Device
     gpus: int
+    other_gpus: bool = False
     prompt: int = 256
     response: float | None = None
     document: int = 5355
@@ -355,13 +356,16 @@ class _Planner:
                 )
             return server(self.arch, tp, settings.gpus, fp8)
         if sglang.layout != EngineLayout():
-            check_engine(self.arch, sglang.layout)
-            if sglang.placement == "colocated" and sglang.layout.ranks > settings.gpus:
+            layout = sglang.layout
+            check_engine(self.arch, layout)
+            if sglang.placement == "colocated" and settings.other_gpus:
+                layout = layout.model_copy(update={"servers": max(1, settings.gpus // layout.tp)})
+            if sglang.placement == "colocated" and layout.ranks > settings.gpus:
                 raise UserError(
-                    f"rollout.sglang.layout: {sglang.layout.servers} servers of {sglang.layout.tp} GPUs are more than the trainer's "
-                    f"{settings.gpus:,}, which they share; {settings.gpus // sglang.layout.tp} servers would do"
+                    f"rollout.sglang.layout: {layout.servers} servers of {layout.tp} GPUs are more than the trainer's {settings.gpus:,}, "
+                    f"which they share; make them {settings.gpus // layout.tp}, or smaller"
                 )
-            return Engine(sglang.layout, fp8, sglang.mem_fraction or 0.8)
+            return Engine(layout, fp8, sglang.mem_fraction or 0.8)
         return smallest_engine(self.arch, settings.device, settings.gpus, fp8)
 
     def _generation(self, engine: Engine) -> Generation:
