@@ -59,7 +59,8 @@ def layer_spec(config: Any, experts: int | None) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    from r1mega.megatron.platform.kernels import CpuKernels, LatentAttention, LatentNorm, PackedAttention, RmsNorm, WholeLinear
+    from r1mega.megatron.platform.kernels import CpuKernels, LatentNorm, PackedAttention, RmsNorm, WholeLinear
+    from r1mega.megatron.platform.latent import LatentAttention
 
     if config.multi_latent_attention:
         attention = ModuleSpec(
