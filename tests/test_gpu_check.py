@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,12 +87,14 @@ def test_the_gap_of_losses_is_that_of_smoothed_ones_after_the_warm_up() -> None:
 
 def test_the_planner_is_held_against_what_was_held() -> None:
     planned = {"weights": 100.0, "activations": 100.0, "working": 10.0, "runtime": 5e9}
-    found = {"held": {"weights": 106, "activations": 106}, "planned": planned, "peak": 300}
+    found = {"fp8": "none", "held": {"weights": 106, "activations": 106}, "planned": planned, "peak": 300}
     rows = list(checks.planned("layer", found))
     assert [(row.case, row.state) for row in rows] == [
         ("layer: weights", "failed"), ("layer: activations", "passed"), ("layer: peak", "failed"),
     ]  # fmt: skip
     assert rows[2].value == pytest.approx(1 - 210 / 300) and rows[2].bound == ACTIVATIONS
+    *_, row = checks.planned("layer", {"fp8": "blockwise", "held": {"activations": 200}, "planned": planned})
+    assert (row.state, row.bound) == ("measured", None)
 
 
 def test_nothing_hides_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +157,12 @@ def test_without_a_gpu_nothing_is_checked(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_cpu_runs_what_it_can(tmp_path: Path) -> None:
     """The whole command: every measurement of a GPU's, through the same code, at sizes of seconds."""
+    # On a machine with a GPU it is installed; Megatron-Core would call its kernels for a CPU's tensors.
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text("raise RuntimeError('imported')")
+    ranks = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, TOOL, "--device", "cpu", "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=ranks, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     rows = {(row["check"], row["case"]): row for row in found["rows"]}

@@ -112,7 +112,7 @@ def layer(train: Train, *, kind: Kind, device: str) -> Measured:
     train = train.model_copy(update={"chunk_tokens": size.tokens, "logprob_chunk": min(2048, size.tokens)})
     how = execution(train, optimizer, size.length, 1.0, "local" if device == "cpu" else "te")
     planned = training_memory(arch, Layout(), 1, how, 1)[0].gpu
-    scalars: dict[str, Any] = {"planned": planned.parts()}
+    scalars: dict[str, Any] = {"fp8": train.fp8, "planned": planned.parts()}
     if device == "cuda" and planned.total > torch.cuda.mem_get_info()[0]:
         free = torch.cuda.mem_get_info()[0]
         return Measured(scalars | {"lacks": f"needs {planned.total / 1e9:.0f} GB, {free / 1e9:.0f} GB of the GPU are free"}, {})
