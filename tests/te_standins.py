@@ -49,10 +49,11 @@ class Linear(_Module):
 class LayerNormLinear(Linear):
     """A norm's layer_norm_weight [in] before the linear."""
 
-    def __init__(self, in_features: int, out_features: int, *, normalization: str = "LayerNorm", params_dtype: torch.dtype | None = None,
-                 **rest: Any) -> None:  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, *, eps: float = 1e-5, normalization: str = "LayerNorm",
+                 params_dtype: torch.dtype | None = None, **rest: Any) -> None:  # fmt: skip
         super().__init__(in_features, out_features, params_dtype=params_dtype, **rest)
         assert normalization == "RMSNorm"
+        self.eps = eps
         self.layer_norm_weight = _parameter(in_features, dtype=params_dtype)
 
 
@@ -122,7 +123,9 @@ def main(config: Path, checkpoint: Path, out: Path) -> None:
     chosen.config_overrides = lambda *asked: cuda.config_overrides(*asked) | {"use_cpu_initialization": True, "moe_permute_fusion": False}
     arch = Architecture.from_hf(json.loads(config.read_text()))
     policy = Policy(arch, Layout(), Train(mtp_loss=0.3 if arch.mtp_layers else 0.0), Optimizer(lr=1e-3))
-    assert any(isinstance(module, LayerNormLinear) for module in policy.chunks[0].modules())
+    fused = {name: module.eps for name, module in policy.chunks[0].named_modules() if isinstance(module, LayerNormLinear)}
+    # The norms of latents have an epsilon of their own.
+    assert fused and all(eps == (1e-6 if name.endswith("up_proj") else arch.norm_eps) for name, eps in fused.items()), fused
     names = {param.name for param in policy.exchange.placed}
     assert names == {name for _, name in policy.weights}, names ^ {name for _, name in policy.weights}
     assert Checkpoints(policy, checkpoint).restore(None) is not None

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_a_larger_model_is_named(cpu, tmp_path, monkeypatch):
         Checkpoints(stepped()[0], tmp_path).restore(None)
 
 
-@pytest.mark.parametrize("model", ["v3", "qwen"])
+@pytest.mark.parametrize("model", ["v3", "moonlight", "qwen"])
 def test_what_a_cpu_saved_opens_in_transformer_engines_modules(model, cpu, tmp_path):
     policy, _ = stepped(Job(model, {}, train=PRETRAIN if model == "v3" else {}, distributed=True))
     checkpoints = Checkpoints(policy, tmp_path / "kept")

@@ -10,7 +10,6 @@ import pytest
 from test_recipes import CONFIGS, PLANNED
 
 pytest.importorskip("megatron.core")
-from r1mega.megatron.limits import MEGATRON_VERSION
 
 pytestmark = pytest.mark.lane
 
@@ -39,10 +38,6 @@ def found() -> list[dict]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: " ".join(Path(part).name for part in CASES[index]))
 def test_megatron_core_takes_it(found: list[dict], index: int) -> None:
-    if MEGATRON_VERSION >= (0, 19) and "moonlight_16b" in CASES[index][0]:
-        pytest.xfail(
-            "megatron-core 0.19 builds a norm's weight into linear_q_proj of latent attention without q_lora_rank; no table has it"
-        )
     assert found[index]["errors"] == []
 
 

@@ -415,15 +415,19 @@ class Policy:
         if self._optimizer is None:
             yield
             return
+        with offload.on_host(*self.training_state()):
+            yield
+
+    def training_state(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What steps keep on the device beside the weights: the optimizer's states and main parameters, and the gradients' buffers."""
+        optimizer = self.optimizer
         weights = {weight.untyped_storage().data_ptr() for weight in self.weights.values()}
-        inner = [part.optimizer for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer])]
+        inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
         mains = [main for one in inner for group in one.param_groups for main in group["params"]]
         states = [value for one in inner for state in one.state.values() for value in state.values() if isinstance(value, Tensor)]
         # Of a float32 model the optimizer steps the parameters themselves, in their own storage.
         kept = [tensor for tensor in (*mains, *states) if tensor.untyped_storage().data_ptr() not in weights]
-        gradients = [buffer.grad_data for chunk in self._wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        with offload.on_host(kept, gradients):
-            yield
+        return kept, [buffer.grad_data for chunk in self._wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
     @contextmanager
     def without_weights(self) -> Iterator[None]:

@@ -23,14 +23,15 @@ class Constants:
     overlap: float = 0.41
     """Share of the experts' traffic that `ep_overlap` saves, net of the SMs that it takes. Fitted as above."""
     attention: float = 0.55
-    """Attention core in bf16, forward and backward together. Not fitted: between FlashAttention-3's own figures for H100, up to 0.75
-    forward and 0.56 backward (arXiv 2407.08608, section 4.1), for heads of 192 and 128."""
+    """Attention core in bf16, forward and backward together. Not fitted: of an H100's 989 TFLOP/s FlashAttention-3 reaches 579
+    forward, causal, and 542 backward, not causal, with heads of 128 at 4,096 tokens (arXiv 2407.08608, figures 5 and 6): 0.56 together, a
+    backward being 2.5 forwards. Heads of 192 and 128 are not among its figures."""
     traffic: float = 4.0
     """Times that a byte which is kept for the backward pass goes through HBM: written and read, forward and backward. Not fitted."""
     network: float = 0.89
     """Of a network port. Fitted: a dispatch over 64 H100 takes 4,626 us with HybridEP."""
-    nvlink: float = 0.75
-    """Of NVLink. Fitted: 160 GB/s of H800's 200 (DeepSeek-V3, arXiv 2412.19437, section 3.2.2), less what small messages lose."""
+    nvlink: float = 0.8
+    """Of NVLink. Not fitted: 160 GB/s of H800's 200 (DeepSeek-V3, arXiv 2412.19437, section 3.2.2)."""
     host_rate: float = 3.0e11
     """Bytes/s of a node's memory while AdamW runs there. Not fitted: half of two sockets of DDR5."""
     decode_hbm: float = 0.6

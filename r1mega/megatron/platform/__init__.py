@@ -1,6 +1,6 @@
 """The two platforms: a CPU with gloo and a CUDA machine with NCCL. Chosen once, by `start`; nothing else asks which it is.
 
-A third, `meta`, has shapes only: `imagined` builds any rank of any world on it.
+A third, `meta`, has shapes only: `imagined` builds any rank of any world on it. A fourth, `cuda_local`, is for comparing layers on a GPU.
 
 A platform answers: where tensors live, which collectives carry them, which kernels a layer is made of, how FP8 is configured.
 """
@@ -23,7 +23,7 @@ def start(name: str, threads: int, patience_s: float = 1800.0) -> None:
     """Choose the platform and join the process group that torchrun describes.
 
     Args:
-        name: "cpu" or "cuda".
+        name: "cpu", "cuda" or "cuda_local".
         threads: BLAS threads of this process; used on the CPU.
         patience_s: seconds after which a collective gives up. It can only say that it did; who made it wait is found out before that
             (`pipeline/hangs`).
@@ -37,8 +37,10 @@ def start(name: str, threads: int, patience_s: float = 1800.0) -> None:
     _patience = timedelta(seconds=patience_s)
     if name == "cpu":
         from r1mega.megatron.platform import cpu as chosen
-    else:
+    elif name == "cuda":
         from r1mega.megatron.platform import cuda as chosen  # type: ignore[no-redef]
+    else:
+        from r1mega.megatron.platform import cuda_local as chosen  # type: ignore[no-redef]
     chosen.prepare(threads)
     _active = chosen
     if not dist.is_initialized():

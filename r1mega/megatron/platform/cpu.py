@@ -1,5 +1,6 @@
 """The CPU platform: gloo, SDPA, and Megatron-Core's local layers with the replacements in `kernels`."""
 
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ SPELLING = "local"
 
 
 def prepare(threads: int) -> None:
-    """Thread count and stand-ins; call before anything of Megatron-Core is built."""
+    """Thread count and stand-ins; call before anything of Megatron-Core is imported."""
+    # Megatron-Core calls the CUDA kernels of these packages wherever it can import them, for a CPU's tensors as well.
+    for package in ("transformer_engine", "apex"):
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+    stand_in(threads)
+
+
+def stand_in(threads: int) -> None:
+    """What `prepare` does in a process that may be another platform's later."""
     torch.set_num_threads(threads)
     # Megatron-Core compiles small fusions: 25 s on a CPU for nothing, and inductor then asks for the stand-in device.
     torch._dynamo.config.disable = True
@@ -59,7 +68,8 @@ def layer_spec(config: Any, experts: int | None) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    from r1mega.megatron.platform.kernels import CpuKernels, LatentAttention, LatentNorm, PackedAttention, RmsNorm, WholeLinear
+    from r1mega.megatron.platform.kernels import CpuKernels, LatentNorm, PackedAttention, RmsNorm, WholeLinear
+    from r1mega.megatron.platform.latent import LatentAttention
 
     if config.multi_latent_attention:
         attention = ModuleSpec(

@@ -21,6 +21,8 @@ SPELLING = "te"
 
 _INSTALL = "pip install --no-build-isolation 'r1mega[cuda]'"
 _LEAST = Version("2.9")
+_ABLE = {"blockwise": "is_fp8_block_scaling_available", "tensorwise": "is_fp8_available", "mxfp8": "is_mxfp8_available"}
+"""Transformer Engine's own questions: the versions of CUDA that a recipe's kernels need are its matter."""
 _HARDWARE = {"blockwise": ((9, 0), "Hopper"), "tensorwise": ((8, 9), "Ada or Hopper"), "mxfp8": ((10, 0), "Blackwell")}
 
 _FP8: dict[str, dict[str, Any]] = {
@@ -78,6 +80,12 @@ def check(train: Train, where: str = "") -> None:
             f"{where}train.fp8={train.fp8} needs {generation} (compute capability {needed[0]}.{needed[1]}); this GPU is "
             f"{torch.cuda.get_device_name()}"
         )
+    if _installed("transformer_engine"):
+        import transformer_engine.pytorch as te
+
+        able, reason = getattr(te, _ABLE[train.fp8])(return_reason=True)
+        if not able:
+            raise UserError(f"{where}train.fp8={train.fp8}: Transformer Engine says: {reason}")
 
 
 def device() -> torch.device:
@@ -123,12 +131,17 @@ def layer_spec(config: Any, experts: int | None) -> Any:
     """Spec of one transformer layer, dense when `experts` is None."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(
+    from r1mega.megatron.platform.latent import LatentAttention
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts,
         moe_grouped_gemm=experts is not None,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
+    if config.multi_latent_attention:
+        spec.submodules.self_attention.module = LatentAttention
+    return spec
 
 
 def kernels() -> Any:

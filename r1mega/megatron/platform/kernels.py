@@ -1,4 +1,4 @@
-"""Layer kernels for the CPU where Megatron-Core's local spec refuses or miscomputes what V3 needs."""
+"""Layer kernels for the CPU where Megatron-Core's local spec refuses or miscomputes what V3 needs. They run wherever their tensors are."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
+
+from r1mega.megatron.platform.latent import EPSILON
 
 
 class RmsNorm(nn.Module):
@@ -55,20 +56,10 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class LatentNorm(RmsNorm):
-    """Norm of MLA's compressed queries and keys: its epsilon is 1e-6 in every DeepSeek model, whatever `rms_norm_eps` says."""
+    """Norm of MLA's compressed queries and keys."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
-        super().__init__(config, hidden_size, eps=1e-6)
-
-
-class LatentAttention(MLASelfAttention):
-    """MLA made of exactly what the layer spec says.
-
-    megatron-core 0.19 second-guesses the spec: without q_lora it wants a norm fused into the query projection, which no family has.
-    """
-
-    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        return vars(submodules)
+        super().__init__(config, hidden_size, eps=EPSILON)
 
 
 class WholeLinear(nn.Module):
@@ -238,7 +229,7 @@ def attention_plan(cu_seqlens: Tensor, cp: int, cp_rank: int) -> AttentionPlan:
     """
     if _plan_cache and _plan_cache[0][0] is cu_seqlens and _plan_cache[0][1] == (cp, cp_rank):
         return _plan_cache[0][2]
-    lengths = np.diff(cu_seqlens.numpy()).astype(np.int64)
+    lengths, device = np.diff(cu_seqlens.cpu().numpy()).astype(np.int64), cu_seqlens.device
     keys_of = _sequence_tokens(lengths, cp)
     order = [s for s in np.argsort(-lengths, kind="stable") if lengths[s] > 0]
     groups: list[list[int]] = []
@@ -258,14 +249,14 @@ def attention_plan(cu_seqlens: Tensor, cp: int, cp_rank: int) -> AttentionPlan:
         mask = None
         if cp > 1:
             positions = np.stack([np.resize(p, query_length) for p in local])
-            mask = torch.from_numpy(positions[:, None, :, None] >= np.arange(longest))
+            mask = torch.from_numpy(positions[:, None, :, None] >= np.arange(longest)).to(device)
             queries = [k[p] - cp_rank * int(lengths.sum()) // cp for k, p in zip(keys, local, strict=True)]
         else:
             queries = keys
         query_rows += [_padded(q, query_length) for q in queries]
         key_rows += [_padded(k, longest) for k in keys]
         buckets.append(Bucket(len(group), query_length, longest, mask))
-    plan = AttentionPlan(_with_places(query_rows), _with_places(key_rows), tuple(buckets))
+    plan = AttentionPlan(_with_places(query_rows, device), _with_places(key_rows, device), tuple(buckets))
     # Every layer of a micro-batch asks for the same plan: keep the last one, with the tensor it was made from.
     _plan_cache[:] = [(cu_seqlens, (cp, cp_rank), plan)]
     return plan
@@ -299,12 +290,12 @@ def _padded(row: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([row, np.full(length - len(row), -1 - row[0])])
 
 
-def _with_places(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+def _with_places(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     flat = np.concatenate(rows)
     real = np.nonzero(flat >= 0)[0]
     places = np.empty(len(real), dtype=np.int64)
     places[flat[real]] = real
-    return torch.from_numpy(np.where(flat >= 0, flat, -1 - flat)), torch.from_numpy(places)
+    return torch.from_numpy(np.where(flat >= 0, flat, -1 - flat)).to(device), torch.from_numpy(places).to(device)
 
 
 class GroupedExperts(SequentialMLP):

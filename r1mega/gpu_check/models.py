@@ -1,0 +1,117 @@
+"""What is measured: tiny models of every family, slices of DeepSeek-V3 in its real shape, and the tokens that they are given."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import r1mega
+from r1mega.config.corpora import TinyCorpus
+from r1mega.data.packing import ROUTED, ROUTING, TokenSequence
+from r1mega.data.tiny import running_sum
+from r1mega.pipeline.model_folder import ModelFolder
+from r1mega.weights.architecture import Architecture, Mla, Moe, read_config
+from r1mega.weights.canonical import canonical
+
+CONFIGS = Path(r1mega.__file__).parents[1] / "configs"
+FAMILIES = ("DeepSeek-V3", "Moonlight", "Qwen2", "Llama")
+Kind = Literal["dense", "MoE"]
+
+
+def family(name: str) -> Architecture:
+    """A tiny model: those of configs/tiny, V3's without compressed queries (Moonlight's form), and Llama's shape as a Qwen2."""
+    if name in ("DeepSeek-V3", "Moonlight"):
+        v3 = Architecture.from_hf(read_config(CONFIGS / "tiny/architecture"))
+        assert v3.mla is not None
+        return v3 if name == "DeepSeek-V3" else replace(v3, mla=replace(v3.mla, q_lora_rank=None), mtp_layers=0)
+    llama = Architecture.from_hf(read_config(CONFIGS / "tiny/student"))
+    return llama if name == "Llama" else replace(llama, family="qwen2", tied=True, qkv_bias=True)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a device's measurements are. `gemm`: side of the square products; `rows`: of the slices' vocabulary."""
+
+    shrink: int
+    """Divisor of V3's hidden and intermediate sizes and ranks; 1: the real shape."""
+    heads: int
+    rows: int
+    tokens: int
+    length: int
+    gemm: int
+    curve: Architecture
+    steps: int
+    warmup: int
+
+
+def scale(device: str) -> Scale:
+    """V3's real shape for a GPU; for a CPU what takes seconds, to try the harness itself."""
+    tiny = replace(family("DeepSeek-V3"), mtp_layers=0)
+    if device == "cpu":
+        return Scale(shrink=32, heads=4, rows=256, tokens=512, length=128, gemm=512, curve=tiny, steps=12, warmup=4)
+    assert tiny.moe is not None
+    # Every size is a multiple of FP8's blocks of 128.
+    curve = replace(
+        tiny, hidden=1024, layers=6, intermediate_size=2816, heads=8, kv_heads=8, head_dim=192, max_positions=4096, rope_theta=10000.0,
+        mla=Mla(q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        moe=replace(tiny.moe, experts=16, top_k=4, intermediate_size=512, groups=4, top_groups=2),
+    )  # fmt: skip
+    # 8,192 tokens of top 8 over 16 experts are 4,096 for each of them, as under EP64 with as many tokens on every GPU.
+    return Scale(shrink=1, heads=128, rows=16160, tokens=8192, length=4096, gemm=8192, curve=curve, steps=100, warmup=20)
+
+
+def layer_slice(kind: Kind, size: Scale) -> Architecture:
+    """One layer of DeepSeek-V3, with 16 of its 256 experts, between an embedding and a head of `rows` tokens."""
+    v3 = Architecture.from_hf(read_config(CONFIGS / "deepseek_v3"))
+    mla, moe = v3.mla, v3.moe
+    assert mla is not None and mla.q_lora_rank is not None and moe is not None
+    by = size.shrink
+    narrow = 1 if by == 1 else 4
+    attention = Mla(
+        mla.q_lora_rank // by, mla.kv_lora_rank // by, mla.qk_nope_head_dim // narrow, mla.qk_rope_head_dim // narrow,
+        mla.v_head_dim // narrow,
+    )  # fmt: skip
+    experts: Moe = replace(moe, experts=16, intermediate_size=moe.intermediate_size // by, first_dense_layers=int(kind == "dense"))
+    return replace(
+        v3, vocab=size.rows, hidden=v3.hidden // by, layers=1, intermediate_size=v3.intermediate_size // by, heads=size.heads,
+        kv_heads=size.heads, head_dim=attention.qk_nope_head_dim + attention.qk_rope_head_dim, mla=attention, moe=experts, mtp_layers=0,
+    )  # fmt: skip
+
+
+def random_weights(arch: Architecture) -> dict[str, Tensor]:
+    """A float32 value for every canonical tensor; none is 0 or 1 throughout, where a lost term would not show."""
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for tensor in canonical(arch):
+        if tensor.copy_of is None:
+            noise = 0.1 * torch.randn(tensor.shape, generator=generator)
+            values[tensor.name] = 1 + noise if tensor.name.endswith("norm.weight") else noise
+    return values
+
+
+def random_sequences(arch: Architecture, lengths: tuple[int, ...], *, routed: bool = False) -> list[TokenSequence]:
+    """Random tokens, each of the same weight; `routed`: with experts for every token, which routers then take."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for length in lengths:
+        extras = {}
+        if routed and arch.moe is not None:
+            chances = torch.rand(length, arch.layers - arch.moe.first_dense_layers, arch.moe.experts, generator=generator)
+            extras = {ROUTING: chances.argsort(-1)[..., : arch.moe.top_k].to(torch.uint8), ROUTED: torch.ones(length, dtype=torch.bool)}
+        tokens = torch.randint(arch.vocab, (length,), generator=generator)
+        found.append(TokenSequence(tokens, torch.full((length,), 1.0 / sum(lengths)), extras))
+    return found
+
+
+def text(tokens: int, length: int) -> Iterator[list[TokenSequence]]:
+    """The tiny language, update by update: documents one after another, cut every `length` tokens."""
+    model = ModelFolder(CONFIGS / "tiny/architecture")
+    documents = running_sum.documents(TinyCorpus(kind="tiny", task="running_sum", long_share=0.9))
+    stream = (token for one in documents for token in [*model.tokenizer(one)["input_ids"], model.tokenizer.eos_token_id])
+    while True:
+        drawn = torch.tensor(list(islice(stream, tokens)))
+        yield [TokenSequence(part, torch.full((len(part),), 1.0 / tokens)) for part in drawn.split(length)]
