@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output (`| head`) has had enough. Python would say so again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"r1mega: {error}: a disk or a quota is full; make room", file=sys.stderr)
+        return 2
 
 
 def _declare_overrides(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline import nodes
 from r1mega.pipeline.hangs import HUNG, Watch
-from r1mega.pipeline.launcher import WORKER, Ranks, Saving, explain_failure, first_refusal
+from r1mega.pipeline.launcher import RANK, WORKER, Ranks, Saving, explain_failure, first_refusal
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, joined
 from r1mega.rollout.sglang_keeper import ENGINE, LOOK_S, Keeper
@@ -101,9 +101,10 @@ class _StageTask:
             outcome, reason = "refused", str(error)
             raise
         finally:
-            replace(attempt, ended=nodes.now(), outcome=outcome, reason=reason).write(self._logs)
-            whole = directory.finished().keys() == directory.recipe.stages.keys()
-            directory.write_summary("finished" if whole else "failed" if outcome in ("failed", "refused") else "running")
+            with suppress(OSError) if outcome == "refused" else nullcontext():  # by a full disk, perhaps
+                replace(attempt, ended=nodes.now(), outcome=outcome, reason=reason).write(self._logs)
+                whole = directory.finished().keys() == directory.recipe.stages.keys()
+                directory.write_summary("finished" if whole else "failed" if outcome in ("failed", "refused") else "running")
 
     def follow(self) -> int:
         """Any other node. A stage that is finished already opens no meeting."""
@@ -155,7 +156,7 @@ class _StageTask:
         directory, name, task, allocation = self._directory, self._alone.stage, self._task, self._allocation
         trainers = replace(task, nodes=allocation.trainers)
         arguments = meeting.torchrun(trainers, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
-        arguments += ["-m", self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
+        arguments += ["-m", RANK, self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
         settings, saving = directory.recipe.run, Saving(self._signals, stop_file, self._alone.grace_s)
         watch = Watch(self._logs, settings.deadlines, settings.ranks // allocation.trainers, task.node, allocation.trainers)
@@ -172,7 +173,7 @@ class _StageTask:
             if watch.leads:
                 print(f"{self._hung}; the next attempt goes on from the last checkpoint", file=sys.stderr)
             return code
-        refusal = first_refusal(self._logs)
+        refusal = first_refusal(self._logs, watch.last_words())
         if refusal is not None:
             # Whatever else happened: Slurm ends the other nodes when the first one has failed.
             raise UserError(refusal)
@@ -181,7 +182,7 @@ class _StageTask:
         if code > 128:
             print(f"{name}: stopped by {_signal_name(code)}; the next attempt goes on from the last checkpoint", file=sys.stderr)
         elif code:
-            explain_failure(self._logs, log)
+            explain_failure(self._logs, (), log)
         return code
 
 
