@@ -78,7 +78,7 @@ def test_a_script_says_what_the_cluster_file_does(tmp_path: Path) -> None:
 
 def test_the_published_recipe_and_its_servers_are_one_job(tmp_path: Path) -> None:
     """64 nodes of ranks and 32 of servers, 8 of 32 GPUs: every node starts the same command, and its number says what it is for."""
-    engines = ["rollout.sglang.layout={servers: 8, tp: 32, ep: 32}", "rollout.sglang.transport=distributed"]
+    engines = [f"rollout.sglang.{change}" for change in ("placement=disaggregated", "layout.servers=8", "transport=distributed")]
     recipe, cluster = CONFIGS / "deepseek_v3/r1.yaml", CONFIGS / "clusters/h100_pyxis.yaml"
     lines = submit(recipe, cluster, engines, tmp_path / "run", dry_run=True)
     assert "zero: 64 nodes x 8 ranks, 32 more for servers, 04:00:00" in lines
@@ -87,6 +87,8 @@ def test_the_published_recipe_and_its_servers_are_one_job(tmp_path: Path) -> Non
     assert "#SBATCH --nodes=96\n" in text and "#SBATCH --gpus-per-node=8\n" in text and text.count("\nsrun --output") == 1
     assert text.count("run.ranks=512 --stage zero") == 1 and "--engine-nodes 32 --gpus-per-node 8" in text
     assert "#SBATCH --nodes=64\n" in (tmp_path / "run/scripts/dev1.sh").read_text()
+    colocated = submit(recipe, cluster, [str(CONFIGS / "deepseek_v3/overlays/h100_256.yaml")], tmp_path / "shared", dry_run=True)
+    assert "zero: 32 nodes x 8 ranks, 04:00:00" in colocated
 
 
 def test_gpus_come_as_generic_resources_and_setup_before_the_stage(tmp_path: Path) -> None:
