@@ -1,6 +1,9 @@
 """Own shards over the network without a network: what a loader in SGLang makes of the messages of all ranks of a trainer."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -13,12 +16,48 @@ from torch.distributed import distributed_c10d as c10d
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.config.layout import Layout
+from r1mega.rollout import sglang_group
 from r1mega.rollout.in_sglang import r1mega_loader
+from r1mega.rollout.sglang_client import Client
+from r1mega.rollout.sglang_group import Meeting, leave
+from r1mega.rollout.sglang_sync import Control
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.direct import direct_plan
 from r1mega.weights.placement import Spelling
 from r1mega.weights.shipping import parcel, tensors, whole_parcel
 from r1mega.weights.wire import Wire
+
+SERVER = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+address, port, name = sys.argv[1:]
+store, rank, world = next(iter(dist.rendezvous(f"tcp://{address}:{port}", 1, 2)))
+group, _ = c10d._new_process_group_helper(world, rank, [], c10d.Backend("gloo"), dist.PrefixStore(name, store), group_name=name,
+                                         timeout=timedelta(seconds=60))
+flat = torch.empty(3)
+group.recv([flat], 0, 0).wait()
+print(flat.tolist())
+"""
+
+
+def test_a_group_forms_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose ranks' `dist.rendezvous` would wait for a store that nobody opens. The other side is as in SGLang's processes."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(sglang_group, "_JOIN_S", 60.0)
+    meeting = Meeting.with_servers(Control([Client("http://127.0.0.1:9", None)], 1.0), 1, "gloo", trainers=1)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_USE_AGENT_STORE"}
+    words = [sys.executable, "-c", SERVER, meeting.address, str(meeting.port), meeting.name]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            group = meeting.joined(0)
+            group.send([torch.tensor([1.0, 2.0, 3.0])], 1, 0).wait()
+            assert server.communicate(timeout=60)[0] == "[1.0, 2.0, 3.0]\n"
+        finally:
+            server.kill()
+    leave(None, meeting.name, group)
 
 
 class Letters:

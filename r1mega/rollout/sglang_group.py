@@ -72,7 +72,8 @@ class Meeting:
         """
         timeout = timedelta(seconds=_JOIN_S)
         try:
-            store, _, _ = next(iter(dist.rendezvous(f"tcp://{self.address}:{self.port}", rank, self.world, timeout=timeout)))
+            # Not by `dist.rendezvous`, which under torchrun takes torchrun's store for everybody's, and opens none.
+            store: dist.Store = dist.TCPStore(self.address, self.port, self.world, is_master=rank == 0, timeout=timeout)
             store = dist.PrefixStore(self.name, store)
             joining: Any = c10d._new_process_group_helper
             group, _ = joining(self.world, rank, [], c10d.Backend(self.backend), store, group_name=self.name, timeout=timeout)
