@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.sglang
 @pytest.mark.slow
-def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
+@pytest.mark.parametrize(
+    ("path", "transport"),
+    [("full", "tensor"), *(pytest.param(path, "distributed", marks=pytest.mark.proof) for path in ("full", "shards"))],
+)
+def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path, path, transport):
+    """pytest -m proof tests/test_stages_sglang.py: by process groups as well, which ranks under torchrun form in another way."""
     support.require()
     small = ["stages.zero.updates=3", "stages.zero.prompts_per_rollout=4", "stages.zero.evaluation=null", "stages.zero.save_every=0"]
     asked = "prompts: {source: {kind: tiny, task: running_sum}, split: heldout, limit: 4}, k: 2, sampling: {max_new_tokens: 32}"
@@ -32,7 +37,7 @@ def test_r1_zero_on_sglang_keeps_rollout_and_trainer_together(tmp_path):
     models = f"{{before: {ROOT / 'configs/tiny/base'}, after: zero}}"
     small.append(f"stages.measured={{kind: evaluate, models: {models}, suites: {suite}}}")
     engine = ["rollout.engine=sglang", "rollout.sglang.start_timeout_s=900", "rollout.sglang.bucket_bytes=200000"]
-    engine += ["rollout.routing_replay=rollout"]
+    engine += ["rollout.routing_replay=rollout", f"rollout.sglang.path={path}", f"rollout.sglang.transport={transport}"]
     command = [
         sys.executable,
         "-m",
