@@ -122,7 +122,7 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
         ),
         (
             ["rollout.engine=sglang", "rollout.sglang.layout.tp=3"],
-            "stages.zero: engine: tp / attn_dp=3 does not divide the 4 attention heads",
+            "stages.zero: rollout.sglang.layout: tp / attn_dp = 3 does not divide the 4 attention heads; 2 or 4 would",
         ),
         (["stages.zero.train.dispatcher=deepep"], "stages.zero: train.dispatcher=deepep needs run.platform=cuda; on a CPU use alltoall"),
         (

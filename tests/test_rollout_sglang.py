@@ -280,7 +280,7 @@ def test_a_wrong_key_is_one_line(served, tmp_path, monkeypatch):
     server, model = served
     monkeypatch.setenv(support.KEY, "another")
     with (
-        pytest.raises(UserError, match=f"refuses the API key: what {support.KEY} holds.*HTTP 401") as error,
+        pytest.raises(UserError, match=f"the server wants its API key, and {support.KEY} holds another one .*HTTP 401") as error,
         support.engine(server, model, tmp_path),
     ):
         pass
@@ -291,7 +291,9 @@ def test_a_wrong_key_is_one_line(served, tmp_path, monkeypatch):
 def test_a_server_that_is_not_there_is_one_line(served, tmp_path):
     server, model = served
     with (
-        pytest.raises(UserError, match=r"no SGLang server answers within start_timeout_s=2 \(http://127.0.0.1:9/model_info: .*refused"),
+        pytest.raises(
+            UserError, match=r"no SGLang server answers within rollout.sglang.start_timeout_s=2 \(http://127.0.0.1:9/model_info: .*refused"
+        ),
         support.engine(server, model, tmp_path, addresses=["http://127.0.0.1:9"], start_timeout_s=2.0),
     ):
         pass

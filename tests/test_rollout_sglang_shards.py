@@ -132,6 +132,15 @@ def test_shards_that_arrive_altered_are_named_and_not_served(served, tmp_path, m
         engine.sync(support.source(model, 1), version=1)
 
 
+def test_a_server_that_is_cut_otherwise_is_refused(served, tmp_path):
+    server, model = served
+    with (
+        pytest.raises(UserError, match=rf"{server.client.address} serves .* on 2 ranks, and rollout.sglang.layout.tp is 1; make them the"),
+        support.engine(server, model, tmp_path),
+    ):
+        pass
+
+
 def test_a_server_without_our_loader_is_told_how_to_start(served, tmp_path, monkeypatch):
     server, model = served
     monkeypatch.setattr(sglang_servers, "LOADER", "another.load")

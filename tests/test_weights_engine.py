@@ -239,11 +239,11 @@ def test_groups_are_the_ranks_and_cover_each_copy_once(engine):
 def test_an_engine_that_does_not_fit_is_one_line():
     arch, dense = tiny(), Architecture.from_hf(small(FAMILIES["llama"]))
     for model, engine, message in [
-        (arch, EngineLayout(tp=8), "engine: tp / attn_dp=8 does not divide the 4 attention heads"),
+        (arch, EngineLayout(tp=8), "rollout.sglang.layout: tp / attn_dp = 8 does not divide the 4 attention heads; 4 would"),
         (
             arch,
             EngineLayout(tp=16, ep=16, attn_dp=16, dense_tp="whole", shared_experts="whole"),
-            "ep=16 does not divide the 8 experts",
+            "ep = 16 does not divide the 8 experts; 8 would",
         ),
         (dense, EngineLayout(tp=2, ep=2), "ep=2 needs a model with experts"),
         (dense, EngineLayout(tp=2, attn_dp=2), "attn_dp=2 is planned for latent attention (DeepSeek) only"),

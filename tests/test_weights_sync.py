@@ -213,7 +213,9 @@ def test_own_shards_in_block_fp8(layout, world, engine):
 def test_an_engine_that_cuts_blocks_is_refused():
     arch = Architecture.from_hf(BLOCKS)
     for engine, name in [(EngineLayout(tp=2), "kv_b_proj"), (EngineLayout(tp=4, attn_dp=4), "experts.w13_weight")]:
-        with pytest.raises(UserError, match=rf"engine: model.layers.\d.*{name}.* cannot be served in block FP8: .* not whole blocks"):
+        with pytest.raises(
+            UserError, match=rf"rollout.sglang.layout: model.layers.\d.*{name}.* cannot be served in block FP8: .* not whole blocks"
+        ):
             direct_plan(arch, Layout(), 1, Spelling(), engine, Wire(block_fp8=True))
 
 

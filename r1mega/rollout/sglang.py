@@ -89,9 +89,12 @@ class SglangEngine:
 
     def _check_models(self) -> None:
         for client in self._pool.clients:
-            check_model(client, self._model_dir, self._layout)
-            if shards_by_network(self._sglang):
-                check_loader(client)
+            try:
+                check_model(client, self._model_dir, self._layout)
+                if shards_by_network(self._sglang):
+                    check_loader(client)
+            except (Refused, Unanswered) as error:
+                raise UserError(f"rollout.sglang.addresses: the server cannot be asked what it serves ({error})") from None
 
     def _new_transport(self, here: list[list[bool]]) -> Transport | Shards[Any]:
         shards, control, tp = self._sglang.path == "shards", self._control, self._layout.tp
@@ -217,9 +220,14 @@ class SglangEngine:
         """Make calls in threads; what is returned waits for them."""
         if self._source is None:
             raise UserError("the rollout engine has no weights; sync some before generating")
-        if self._resumed("kv_cache") is not None:
+        for _ in range(self._sglang.retries + 1):
+            error = self._resumed("kv_cache")
+            if error is None:
+                break
             self._revive()
             self.sync(self._source, self._version)
+        else:
+            raise UserError(f"the SGLang servers do not take back the memory of their caches: {error}")
         return partial(self._answers, calls, [self._pool.submit(call) for call in calls], self._source)
 
     def _answers(self, calls: Sequence[Callable[[Client], T]], pending: Sequence[Future[T]], source: WeightSource) -> list[T]:

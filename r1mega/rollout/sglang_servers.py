@@ -242,12 +242,13 @@ class Found:
         try:
             self.client.get("/model_info", _ANSWER_S)
         except Refused as error:
-            held = f"what {self._settings.key_variable} holds" if self._settings.key_variable else "none was sent"
-            hint = f": {held}; name the variable that holds it as rollout.sglang.key_variable" if error.status in (401, 403) else ""
-            raise UserError(f"rollout.sglang.addresses: {'the server refuses the API key' if hint else ''}{hint} ({error})") from None
+            variable = self._settings.key_variable
+            told = f"{variable} holds another one" if variable else "none was sent; name its variable as rollout.sglang.key_variable"
+            said = f"the server wants its API key, and {told}" if error.status in (401, 403) else "no SGLang server answers there"
+            raise UserError(f"rollout.sglang.addresses: {said} ({error})") from None
         except Unanswered as error:
             if time.monotonic() - self._begin > self._settings.start_timeout_s:
-                limit = f"start_timeout_s={self._settings.start_timeout_s:g}"
+                limit = f"rollout.sglang.start_timeout_s={self._settings.start_timeout_s:g}"
                 raise UserError(f"rollout.sglang.addresses: no SGLang server answers within {limit} ({error})") from None
             return False
         return True
@@ -355,7 +356,10 @@ def check_model(client: Client, model_dir: Path, layout: EngineLayout) -> None:
         wrong = [f"{name} {theirs} instead of {ours}" for name, theirs, ours in pairs if theirs != ours]
         if wrong:
             raise UserError(f"{serves}, which differs from {model_dir}: {', '.join(wrong)}")
-    for rank, found in enumerate(client.post("/weights_checker", {"action": "checksum"}, _CHECK_S)["ranks"]):
+    ranks = client.post("/weights_checker", {"action": "checksum"}, _CHECK_S)["ranks"]
+    if len(ranks) != layout.tp:
+        raise UserError(f"{serves} on {len(ranks)} ranks, and rollout.sglang.layout.tp is {layout.tp}; make them the same")
+    for rank, found in enumerate(ranks):
         names = {param.name for param in engine_params(arch, layout, rank)}
         unknown = sorted(names ^ found["checksums"].keys())
         if unknown:

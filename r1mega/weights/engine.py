@@ -140,7 +140,7 @@ class _Params:
 def check_engine(arch: Architecture, engine: EngineLayout, mtp: bool = False) -> None:
     """UserError when the engine does not serve such a model, or a parallel size does not divide what it cuts."""
     if arch.head == "score":
-        raise UserError("engine: a reward model has no vocabulary; it is not served")
+        raise UserError("rollout.sglang.layout: a reward model has no vocabulary; it is not served")
     checks = [("tp / attn_dp", engine.attn_tp, arch.heads, "attention heads")]
     if engine.device == "cpu":
         # SGLang would pad heads there; columns of MLPs it does pad.
@@ -156,15 +156,18 @@ def check_engine(arch: Architecture, engine: EngineLayout, mtp: bool = False) ->
         checks.append(("tp / ep", engine.moe_tp, arch.moe.intermediate_size, "columns of an expert"))
     for name, size, what, unit in checks:
         if what % size:
-            raise UserError(f"engine: {name}={size} does not divide the {what} {unit}")
+            near = [fits for fits in range(1, what + 1) if what % fits == 0]
+            below, above = max(fit for fit in near if fit <= size or fit == 1), next((fit for fit in near if fit > size), None)
+            others = f"{below} or {above}" if above else f"{below}"
+            raise UserError(f"rollout.sglang.layout: {name} = {size} does not divide the {what} {unit}; {others} would")
     if arch.moe is None and engine.ep > 1:
-        raise UserError(f"engine: ep={engine.ep} needs a model with experts")
+        raise UserError(f"rollout.sglang.layout: ep={engine.ep} needs a model with experts")
     if arch.mla is None and engine.attn_dp > 1:
-        raise UserError(f"engine: attn_dp={engine.attn_dp} is planned for latent attention (DeepSeek) only")
+        raise UserError(f"rollout.sglang.layout: attn_dp={engine.attn_dp} is planned for latent attention (DeepSeek) only")
     if engine.shared_experts == "fused" and (arch.moe is None or arch.moe.shared_experts != 1):
-        raise UserError("engine: shared_experts=fused needs a model with exactly one shared expert")
+        raise UserError("rollout.sglang.layout: shared_experts=fused needs a model with exactly one shared expert")
     if mtp and arch.mtp_layers != 1:
-        raise UserError(f"engine: drafting needs one MTP layer, the model has {arch.mtp_layers}")
+        raise UserError(f"rollout.sglang.layout: drafting needs one MTP layer, the model has {arch.mtp_layers}")
 
 
 def _mlp_checks(arch: Architecture, engine: EngineLayout) -> list[tuple[str, int, int, str]]:
@@ -185,7 +188,7 @@ def check_block_fp8(param: EngineParam, shapes: Mapping[str, tuple[int, ...]]) -
         if not whole_blocks(piece.source, shapes[piece.tensor]) or any(start % BLOCK for start in piece.box.start):
             share = " x ".join(map(str, piece.source.shape))
             raise UserError(
-                f"engine: {param.name} cannot be served in block FP8: a rank's share of {piece.tensor} is {share}, not whole blocks of "
+                f"rollout.sglang.layout: {param.name} cannot be served in block FP8: a rank's share of {piece.tensor} is {share}, not whole blocks of "
                 f"{BLOCK} x {BLOCK}; choose a smaller tp, more ep, or dense_tp and shared_experts: whole"
             )
 
