@@ -33,20 +33,35 @@ def test_a_judge_stuck_in_native_code_dies_with_its_rank(tmp_path: Path) -> None
         f"    open({str(told)!r}, 'w').write(str(os.getpid()))\n    os.rename({str(told)!r}, {str(told)!r} + '.whole')\n"
         "    return float(re.match('(a*)*b', 'a' * 64) is None)\n"
     )
-    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-    rank = subprocess.Popen([sys.executable, "-c", STUCK], env=environment, cwd=tmp_path)
-    whole = told.with_name("pid.whole")
+    check_that_it_dies_with([sys.executable, "-c", STUCK], told.with_name("pid.whole"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_rank_that_is_still_importing_dies_with_torchrun(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    (tmp_path / "slow_worker.py").write_text(
+        f"import os, time\nopen({str(told)!r}, 'w').write(str(os.getpid()))\n"
+        f"os.rename({str(told)!r}, {str(told)!r} + '.whole')\ntime.sleep(600)\n"
+    )
+    torchrun = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'r1mega.pipeline.rank', 'slow_worker'])"
+    check_that_it_dies_with([sys.executable, "-c", torchrun], told.with_name("pid.whole"))
+
+
+def check_that_it_dies_with(command: list[str], told: Path) -> None:
+    """Start a process, kill it when its child has written its number into a file, and wait for the child's end."""
+    environment = {"PYTHONPATH": f"{ROOT}:{told.parent}", "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(command, env=environment, cwd=told.parent)
     deadline = time.monotonic() + 60
-    while not whole.exists():
-        assert rank.poll() is None and time.monotonic() < deadline
+    while not told.exists():
+        assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    judge = int(whole.read_text())
-    assert exists(judge)
-    rank.kill()
-    rank.wait()
+    child = int(told.read_text())
+    assert exists(child)
+    parent.kill()
+    parent.wait()
     deadline = time.monotonic() + 10
-    while exists(judge):
-        assert time.monotonic() < deadline, "the judge outlives its rank"
+    while exists(child):
+        assert time.monotonic() < deadline, "the child outlives its parent"
         time.sleep(0.05)
 
 

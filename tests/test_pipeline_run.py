@@ -14,6 +14,7 @@ import pytest
 from r1mega.pipeline.files import file_digest
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import RunDirectory
+from r1mega.process import die_with_parent
 
 TESTS = Path(__file__).parent
 DRIVER = """
@@ -61,6 +62,7 @@ def start(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=die_with_parent,
     )
 
 

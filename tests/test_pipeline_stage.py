@@ -21,6 +21,7 @@ from r1mega.pipeline import nodes, rundir
 from r1mega.pipeline.files import read_json
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import claimed, joined
+from r1mega.process import die_with_parent
 
 DRIVER = """
 import functools, sys
@@ -49,7 +50,8 @@ def start(recipe: Path, stage: str, *arguments: str, slurm: tuple[int, int, int]
         node, count, restart = map(str, slurm)
         environment |= {"SLURM_STEP_NUM_NODES": count, "SLURM_NODEID": node, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
     command = [sys.executable, "-c", DRIVER, str(recipe), "--stage", stage, "-o", str(recipe.parent / "run"), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=die_with_parent)
 
 
 def rows(run: Path) -> list[int]:

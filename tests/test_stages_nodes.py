@@ -14,6 +14,7 @@ import pytest
 
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.nodes import attempts
+from r1mega.process import die_with_parent
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -28,7 +29,8 @@ def start(run: Path, node: int, *overrides: str) -> subprocess.Popen[str]:
     environment |= {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": str(node), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
     words = [sys.executable, "-m", "r1mega.cli", "run", str(ROOT / "configs/tiny/r1_zero.yaml"), "--stage", "zero", "-o", str(run)]
     words += ["--engine-nodes", "2", "--gpus-per-node", "1", *SHORT, *SERVERS, *overrides]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=die_with_parent)
 
 
 def wait_for(found: Callable[[], object], nodes: list[subprocess.Popen[str]]) -> None:

@@ -23,8 +23,10 @@ _GRACE_S = 20.0
 _RESTART_S = 600.0
 """In which torchrun has met the other nodes again, and the new ranks have imported what they begin with."""
 _TURN_S = 0.5
+RANK = "r1mega.pipeline.rank"
+"""What torchrun starts on every rank,"""
 WORKER = "r1mega.pipeline.worker"
-"""What torchrun starts on every rank."""
+"""and what that runs."""
 
 
 def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, fresh: bool = False, worker: str = WORKER) -> int:
@@ -35,7 +37,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         overrides: `key.path=value`, values in YAML.
         run_dir: folder of the run; left out: `runs/<recipe name>`.
         fresh: delete an earlier run in that folder first.
-        worker: module that torchrun starts on every rank.
+        worker: module that every rank runs.
 
     Returns:
         Exit code: 0 finished, 1 failed (the traceback of the first rank that failed is on stderr), 128 + N stopped by signal N, `HUNG`.
@@ -56,7 +58,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             directory.write_summary("finished")
             return 0
         directory.write_summary("running")
-        arguments = ["--standalone", "--nproc-per-node", str(recipe.run.ranks), "-m", worker, str(directory.path)]
+        arguments = ["--standalone", "--nproc-per-node", str(recipe.run.ranks), "-m", RANK, worker, str(directory.path)]
         watch = Watch(directory.logs, recipe.run.deadlines, recipe.run.ranks)
         ranks = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments, watch)
         code = ranks.wait()

@@ -16,7 +16,7 @@ from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline import nodes
 from r1mega.pipeline.hangs import HUNG, Watch
-from r1mega.pipeline.launcher import WORKER, Ranks, Saving, explain_failure, first_refusal
+from r1mega.pipeline.launcher import RANK, WORKER, Ranks, Saving, explain_failure, first_refusal
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, joined
 from r1mega.rollout.sglang_keeper import ENGINE, LOOK_S, Keeper
@@ -155,7 +155,7 @@ class _StageTask:
         directory, name, task, allocation = self._directory, self._alone.stage, self._task, self._allocation
         trainers = replace(task, nodes=allocation.trainers)
         arguments = meeting.torchrun(trainers, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
-        arguments += ["-m", self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
+        arguments += ["-m", RANK, self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
         settings, saving = directory.recipe.run, Saving(self._signals, stop_file, self._alone.grace_s)
         watch = Watch(self._logs, settings.deadlines, settings.ranks // allocation.trainers, task.node, allocation.trainers)

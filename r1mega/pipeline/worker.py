@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m r1mega.pipeline.worker RUN_DIR [STAGE LOGS NODE TRAINERS ENGINES GPUS]`, started by torchrun.
+"""One rank of a run: `r1mega.pipeline.worker RUN_DIR [STAGE LOGS NODE TRAINERS ENGINES GPUS]`, which torchrun starts through `rank`.
 
 Runs all stages in turn, or the one that is named, with its logs in a folder of their own and nodes as `Allocation` says.
 """
@@ -23,7 +23,6 @@ from r1mega.pipeline import artifacts, files
 from r1mega.pipeline.context import StageContext, StageFunction, Stopped
 from r1mega.pipeline.metrics import MetricsWriter, scalars
 from r1mega.pipeline.rundir import RunDirectory
-from r1mega.process import die_with_parent
 from r1mega.report.progress import Progress
 from r1mega.rollout.pool import Engines
 from r1mega.rollout.sglang_keeper import ENGINE, forget
@@ -66,7 +65,6 @@ def main(
 
     An error is left in `rank<k>.error.json` of the logs for the launcher, which shows the one that came first.
     """
-    die_with_parent()
     path, ranks = Path(arguments[0]), env.ranks()
     only, logs = (arguments[1], Path(arguments[2])) if arguments[1:] else (None, path / "logs")
     allocation = Allocation(*map(int, arguments[3:]))
