@@ -104,6 +104,7 @@ class _OnPolicy:
             "lr": rate,
             "entropy": taken.sums["entropy"] / tokens,
             "rollout_gap/max": taken.peaks["rollout_gap"],
+            "responses": len(samples),
             "response_length/mean": tokens / len(samples),
             "truncated": sum(one.finish == "length" for one in samples) / len(samples),
             "tokens": float(tokens),

@@ -87,6 +87,7 @@ class Minibatch:
         """What the rollout alone says: rewards, lengths, measures (all, correct and wrong), pass rates, truncation, uniform groups."""
         lengths, rewards = self.lengths.float().view_as(self.rewards), self.rewards
         found = {
+            "responses": len(self.responses),
             "reward/mean": rewards.nanmean().item(),
             "response_length/max": lengths.max().item(),
             "truncated": self.truncated.float().mean().item(),
