@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -32,11 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return call(command.parse_intermixed_args(given[1:]))
     except UserError as error:
         print(f"r1mega: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Whoever read the output (`| head`) has had enough. Python would say so again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"r1mega: {error}: a disk or a quota is full; make room", file=sys.stderr)
+    return 2
 
 
 def _declare_overrides(parser: argparse.ArgumentParser) -> None:

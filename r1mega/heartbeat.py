@@ -37,7 +37,7 @@ class Beat:
     waits_for: str = ""
     """In words, where it is something other than a rank."""
     failed: str = ""
-    """Why this rank ended, where the disk had no room for a file that says so."""
+    """Why this rank ended, where it could write no file that says so: the disk is full, or gone."""
 
 
 class _Heart:

@@ -45,10 +45,21 @@ def misbehave(ctx: StageContext) -> None:
     if action == f"die once, {ctx.rank}" and not (ctx.run.path / "logs" / "died").exists():
         (ctx.run.path / "logs" / "died").touch()
         os.kill(os.getpid(), 9)
-    if action.startswith("stop once on rank "):
+    if action == f"full disk on rank {ctx.rank}":
+        fill_disk(ctx)
+    elif action.startswith("stop once on rank "):
         stop_in_first_attempt(ctx, int(action.split()[-1]))
     elif " on rank " in action:
         time.sleep(60)  # as in a collective that the other rank never joins
+
+
+def fill_disk(ctx: StageContext) -> None:
+    """Whatever this rank writes from now on finds no room: its state, its log, and the file that would say so."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    os.dup2(full, 2)
+    for path in (ctx.dir / f".done-{ctx.rank}.tmp", ctx.run.logs / f".rank{ctx.rank}.error.json.tmp"):
+        path.symlink_to("/dev/full")
 
 
 def stop_in_first_attempt(ctx: StageContext, rank: int) -> None:

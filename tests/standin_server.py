@@ -1,8 +1,8 @@
 """A stand-in for an SGLang server where only its behaviour matters: it starts at once, and does what the file `behaviour` beside it says.
 
-ok: tokens that are a function of prompt length and seed; slow: the same, a while later; memory: dies of too little of it; stale: says that
-older weights drew; broken: its second part dies as it starts. Like SGLang it dies when it is put to sleep or woken at the wrong time, and
-hears nobody once a part of it on another node is gone. Started with the arguments of `rollout/in_sglang/serve`.
+ok: tokens that are a function of prompt length and seed; slow: the same, a while later; silent: nothing, ever; memory: dies of too little
+of it; stale: says that older weights drew; broken: its second part dies as it starts. Like SGLang it dies when it is put to sleep or woken
+at the wrong time, and hears nobody once a part of it on another node is gone. Started with the arguments of `rollout/in_sglang/serve`.
 """
 
 import json
@@ -32,6 +32,8 @@ def generate(body: dict[str, Any]) -> dict[str, Any]:
         die("AssertionError: asked while memory is released")
     if behaviour() == "memory":
         die("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if behaviour() == "silent":
+        time.sleep(600)
     if behaviour() == "slow":
         time.sleep(1.0)
     settings = body["sampling_params"]

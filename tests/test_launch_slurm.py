@@ -155,4 +155,5 @@ def test_what_slurm_refuses_is_said_before_anything_is_queued(cluster: SlurmClus
         file.write_text(yaml.safe_dump(whole))
         done = command(cluster, "submit", ROOT / "configs/tiny/r1_zero.yaml", *SHORT, "--cluster", file, "-o", tmp_path / "run")
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "run").exists()
     assert cluster.run("squeue", "--noheader") == ""

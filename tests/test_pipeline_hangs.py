@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import test_pipeline_run
 import test_pipeline_stage
-from test_pipeline_run import TESTS, alive, finish, status, wait_until
+from test_pipeline_run import TESTS, alive, finish, status
 from test_pipeline_stage import outcomes, recipe, rows  # noqa: F401 - a fixture
 
 from r1mega import heartbeat
@@ -94,21 +94,13 @@ def test_who_waits_in_a_collective_is_told_from_who_keeps_it_waiting(tmp_path: P
             rank.kill()
 
 
-def test_a_stopped_rank_is_named_within_its_deadline_and_the_same_command_goes_on(recipe: Path) -> None:  # noqa: F811
+def test_a_full_disk_is_named_though_nothing_can_be_written(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "run"
-    process = test_pipeline_run.start(recipe, SIGSTOP, "run.deadlines.setup=4")
-    wait_until(lambda: (run / "stopped-1").exists())
-    stopped = time.monotonic()
-    code, _, err = finish(process)
-    assert time.monotonic() - stopped < 4 + 10
-    assert code == HUNG and err.count("\n") == 1
-    assert "hang: rank 1 has been in setup for" in err and "(run.deadlines.setup is 4): it is stopped by a signal (kill -CONT" in err
-    assert "the same command goes on from the last checkpoint" in err and status(run) == "interrupted"
-    assert "dummy_worker.py" in (run / "logs/hang-1/rank0.txt").read_text()
+    code, _, err = finish(test_pipeline_run.start(recipe, "description=full disk on rank 1"))
+    assert (code, status(run)) == (2, "failed")
+    told = f"a disk or a quota is full; make room for {run}, and the same command goes on"
+    assert err == f"r1mega: rank 1: [Errno 28] No space left on device: {told}\n"
     assert not alive(run)
-    # A deadline may be mended without beginning anew.
-    code, _, err = finish(test_pipeline_run.start(recipe, SIGSTOP, "run.deadlines.setup=100"))
-    assert (code, err) == (0, "") and rows(run) == [1, 2, 3, 4]
 
 
 def test_hung_ranks_are_started_again_in_place(recipe: Path) -> None:  # noqa: F811

@@ -72,6 +72,21 @@ MODULE = '''
         return 1.0
 '''
 
+WRITERS = """
+    import re
+
+    def number(prompt, response):
+        return len(response)
+
+    def shout(prompt, response):
+        if response == "regex":
+            re.match(r"(a+)+$", "a" * 64 + "b")
+        return {"none": None, "number": 1}.get(response, f"{prompt.text} {response.upper()}")
+
+    def last(response):
+        return response.split()[-1]
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -112,6 +127,19 @@ def test_numbers_and_what_is_none(judge: Judge) -> None:
         Verdict(None, "KeyError: 'no such\\nthing' (obedient.py, line 16)"),
         Verdict(None, "SystemExit: 3 (obedient.py, line 18)"),
     ]
+
+
+def test_functions_that_return_texts(folder: Path) -> None:
+    (folder / "writers.py").write_text(textwrap.dedent(WRITERS))
+    functions = {name: Reward(function=f"writers:{name}", deadline_s=1.0) for name in ("number", "shout", "last")}
+    with Judge(functions, workers=1, search_path=[folder], texts={"shout": 2, "last": 1}) as judge:
+        items = [(Prompt("p", "q"), text) for text in ("a b", "none", "number", "regex", "的" * 10_000)]
+        found = judge.judge(items)
+    assert [one["number"] for one in found] == [Verdict(float(len(text)), None) for _, text in items]
+    late = Verdict(None, "no verdict within 1 s; its process was killed")
+    told = [Verdict(None, None, "q A B"), Verdict(None, None), Verdict(None, "returned int, not a text"), late]
+    assert [one["shout"] for one in found] == [*told, Verdict(None, None, "q " + "的" * 10_000)]
+    assert [one["last"].text for one in found] == ["b", "none", "number", "regex", "的" * 10_000]
 
 
 def test_order_is_kept(judge: Judge) -> None:

@@ -1,17 +1,23 @@
 """What an engine makes of servers that die, lie or sleep; the servers are stand-ins, so it takes no environment with SGLang."""
 
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import sglang_support as support
 from megatron_support import cpu_platform
 
+from r1mega import heartbeat
+from r1mega.config.deadlines import Deadlines
 from r1mega.config.rollout import Rollout, Sglang
 from r1mega.errors import UserError
+from r1mega.pipeline.hangs import Verdict, Watch
 from r1mega.rollout.engine import SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
@@ -59,6 +65,34 @@ def test_what_older_weights_drew_is_not_accepted(opened) -> None:
     engine = opened("stale", retries=0)
     with pytest.raises(UserError, match=r"drew 16 tokens from weight version 1 instead of 4"):
         engine.generate(support.requests(1), PLAIN)
+
+
+def test_a_server_that_accepts_and_never_answers_is_named_within_the_deadline(
+    opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened(retries=0, request_timeout_s=6.0)
+    (tmp_path / "behaviour").write_text("silent")
+    monkeypatch.setattr(heartbeat, "_heart", None)
+    watch = Watch(tmp_path, Deadlines(generate=3.0), ranks=1)
+    monkeypatch.setattr(watch, "_end", lambda beats, culprit: None)  # it would end this process
+    heartbeat.start(tmp_path / "beats/0/0", tmp_path / "rank0.stacks")
+    with ThreadPoolExecutor(1) as thread, heartbeat.phase("generate"):
+        seen = thread.submit(watched, watch, 6.0)
+        # Nor does a run wait for it for ever where its deadlines are longer.
+        with pytest.raises(UserError, match=r"lost 1 times in one rollout; the last time: http://127.*/generate: no answer within 6 s"):
+            engine.generate(support.requests(3), PLAIN)
+        address = engine._pool.clients[0].address
+        told = rf"rank 0 has been in generate for \d s \(run.deadlines.generate is 3\): it waits for 3 answers, the oldest of {address};"
+        assert re.search(told, seen.result().line)
+
+
+def watched(watch: Watch, seconds: float) -> Verdict:
+    """What the watch says within so many seconds."""
+    end = time.monotonic() + seconds
+    while (verdict := watch.look()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return verdict
 
 
 def test_a_server_lost_while_the_trainer_does_something_else_is_replaced_with_the_same_weights(opened, tmp_path: Path) -> None:

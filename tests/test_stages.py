@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from r1mega import env
+from r1mega import env, heartbeat
 from r1mega.config.loading import load_recipe
 from r1mega.errors import UserError
 from r1mega.megatron import platform
+from r1mega.pipeline.hangs import HUNG
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import claimed
 from r1mega.pipeline.worker import run_stages, stage_function
+from r1mega.process import die_with_parent
 from r1mega.report.progress import Progress
 from r1mega.stages.grpo import GrpoLoop
 
@@ -59,6 +62,8 @@ KILLED = {
         ],
     ),
 }
+SOON = [f"run.deadlines.{phase}=10" for phase in ("generate", "judge", "logprobs", "train", "sync", "save")]
+STOPPED = r"hang: rank 1 has been in \w+ for \d+ s .*: it is stopped by a signal \(kill -CONT \d+ lets it go on\); .* goes on .*\n"
 pytestmark = pytest.mark.lane
 
 
@@ -165,6 +170,41 @@ def test_rewards_that_cannot_be_judged_stop_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run/stages/01-zero/artifact").exists()
 
 
+STUCK = """
+import re
+from pathlib import Path
+from r1mega.rewards import exact
+
+def once(name):
+    marker = Path(__file__).with_name(name)
+    if not marker.exists():
+        marker.touch()
+        re.match(r"(a+)+$", "a" * 64 + "b")
+
+def reward(prompt, response):
+    once("rewarded")
+    return exact.accuracy(prompt, response)
+
+def extract(response):
+    once("extracted")
+    return exact.answer_of(response)
+"""
+
+
+def test_an_endless_regex_costs_one_response_its_reward_and_a_benchmark_one_vote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    suite = "stages.zero.evaluation.suites.heldout."
+    changes = [f"{suite}extract=stuck:extract", f"{suite}deadline_s=1", "stages.zero.rewards.accuracy.function=stuck:reward"]
+    changes += ["stages.zero.rewards.accuracy.deadline_s=1", "stages.zero.not_judged_limit=0.1", "stages.zero.updates=2"]
+    changes.append("stages.zero.evaluation.at_start=false")
+    with pytest.raises(UserError, match=r"suite heldout: extract could not judge 6\.2% .*: no verdict within 1 s; its process was killed"):
+        run(tmp_path / "run", *changes)
+    rows = read_metrics(tmp_path / "run/stages/01-zero/metrics.jsonl")
+    assert sorted(row["not_judged"] for row in rows) == [0, 1 / 16]
+
+
 @pytest.mark.parametrize("key", ["judge", "measures.consistency"])
 def test_an_evaluation_whose_function_fails_is_no_result(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_judge.py").write_text("def judge(prompt, response):\n    raise ValueError('no idea')\n")
@@ -191,22 +231,35 @@ def test_a_length_cap_beyond_the_context_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", "stages.zero.sampling.max_new_tokens={0: 32, 3: 600}")
 
 
+def stop_rank_1(run: Path) -> None:
+    beat = None
+    while beat is None:
+        beat = heartbeat.read(run / "logs/beats/0/1")
+    os.kill(beat.pid, signal.SIGSTOP)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KILLED)
-def test_a_killed_run_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_or_hung_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     recipe, stage, changes = KILLED[kind]
 
-    def command(folder: str) -> list[str]:
-        return [sys.executable, "-m", "r1mega.cli", "run", str(ROOT / recipe), "-o", str(tmp_path / folder), *changes]
+    def command(folder: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", "r1mega.cli", "run", str(ROOT / recipe), "-o", str(tmp_path / folder), *changes, *more]
 
     subprocess.run(command("straight"), check=True, timeout=300, stdout=subprocess.DEVNULL)
-    broken = subprocess.Popen(command("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        broken = subprocess.Popen(command("broken", *SOON), stdout=subprocess.DEVNULL, stderr=file, preexec_fn=die_with_parent)
     checkpoint = tmp_path / "broken/stages" / stage / "checkpoints/update-000002"
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.wait()
+    if kind == "grpo":
+        stop_rank_1(tmp_path / "broken")
+        assert broken.wait(60) == HUNG and re.fullmatch(STOPPED, said.read_text())
+    else:
+        broken.kill()
+        broken.wait()
     assert checkpoint.exists() and not (tmp_path / "broken/stages" / stage / "artifact").exists()
     subprocess.run(command("broken"), check=True, timeout=300, stdout=subprocess.DEVNULL)
     one, other = (load_file(tmp_path / name / "stages" / stage / "artifact/model.safetensors") for name in ("straight", "broken"))

@@ -39,6 +39,16 @@ class Submitted:
     """Slurm's job by stage; empty for other executors."""
 
 
+def check(title: str, tasks: Sequence[StageTask], cluster: Cluster, folders: Sequence[Path]) -> None:
+    """Ask Slurm whether it would take every task. Nothing is queued, and the run directory need not be there.
+
+    Raises:
+        UserError: NeMo-Run is not installed, or Slurm refuses a job.
+    """
+    for name, script in scripts(title, tasks, cluster, folders).items():
+        _ask_slurm(name, script)
+
+
 def submit(title: str, tasks: Sequence[StageTask], cluster: Cluster, folders: Sequence[Path]) -> Submitted:
     """Queue every task with Slurm, or run all of them here; with other executors, as NeMo-Run does it.
 
@@ -47,11 +57,8 @@ def submit(title: str, tasks: Sequence[StageTask], cluster: Cluster, folders: Se
         folders: where the stages find modules of the user's own.
 
     Raises:
-        UserError: NeMo-Run is not installed, or Slurm refuses a job; then none is queued.
+        UserError: NeMo-Run is not installed.
     """
-    if isinstance(cluster.executor, Slurm):
-        for name, script in scripts(title, tasks, cluster, folders).items():
-            _ask_slurm(name, script)
     with _experiment(title, tasks, cluster, folders) as experiment:
         experiment.run(detach=isinstance(cluster.executor, Slurm), tail_logs=False)
         handles = {job.id: str(getattr(job, "handle", "")) for job in experiment.jobs}

@@ -58,6 +58,8 @@ def submit(recipe_path: Path, cluster_path: Path, overrides: Sequence[str], run_
         if cluster.executor.container is not None:
             check_container(cluster.executor.container, {"the run directory": path, "the recipe's folder": folder})
         _check_not_queued(path)
+        if found:
+            nemo.check(recipe.name, found, cluster, [folder])
     # Held only while it is prepared: the first job may start before the last is queued.
     with claimed(path, recipe, fresh=False) as (directory, _):
         directory.check_finished()

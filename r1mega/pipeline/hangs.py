@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sysconfig
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ _MEET_S = 30.0
 _SPY_S = 20.0
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 _COLLECTIVES = ("torch/distributed/", "pipeline_parallel/p2p_communication.py")
+_LIBRARY = sysconfig.get_path("stdlib")
 _STATES = {
     psutil.STATUS_STOPPED: "it is stopped by a signal (kill -CONT {pid} lets it go on)",
     psutil.STATUS_TRACING_STOP: "a debugger holds it",
@@ -242,9 +244,13 @@ def _innermost(dump: str) -> tuple[str, bool]:
     if not frames:
         return "", False
     waits = any(name in frame["file"] for frame in frames[:3] for name in _COLLECTIVES)
-    # Of a collective the caller is of interest, not where in torch it is.
-    own = next((frame for frame in frames if not waits or "torch/" not in frame["file"]), frames[0])
+    # Of a collective or of Python's own library the caller is of interest, not where in them it is.
+    own = next((one for one in frames if not (_is_library(one["file"]) or (waits and "torch/" in one["file"]))), frames[0])
     return f"{Path(own['file']).name}:{own['line']} in {own['function']}", waits
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith("<frozen") or (file.startswith(_LIBRARY) and "-packages/" not in file)
 
 
 def _spied(pid: int) -> str:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         ranks = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments, watch)
         code = ranks.wait()
         stopped = code > 128 or code == HUNG
-        directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
+        with suppress(OSError) if code else nullcontext():  # on a full disk the ranks have more to say
+            directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
         if code == 0:
             print(f"finished in {time.monotonic() - begin:.1f} s: {path}")
         elif ranks.hung is not None:
@@ -72,7 +75,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
             name = signal.Signals(code - 128).name
             print(f"stopped by {name}; the same command goes on from the last checkpoint: {path}", file=sys.stderr)
         else:
-            explain_failure(directory.logs)
+            explain_failure(directory.logs, watch.last_words())
         return code
 
 
@@ -148,7 +151,7 @@ class Ranks:
                 meanwhile()
                 code = self._ended(_TURN_S)
                 if code is None:
-                    self._look()
+                    self._look(meanwhile)
             if self.hung is not None:
                 return HUNG
             # A signal can arrive while the last look is under way, and the ranks be gone before it ends: still a stopped run.
@@ -174,14 +177,14 @@ class Ranks:
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a rank that was killed while its display was live left the cursor hidden
 
-    def _look(self) -> None:
+    def _look(self, meanwhile: Callable[[], None]) -> None:
         """At a hang the watch ends the ranks; torchrun then starts them again in place, or ends as well."""
         verdict = self._watch.look()
         if verdict is None:
             return
         end = time.monotonic() + (_RESTART_S if self._restarts else _GRACE_S)
-        while (code := self._ended(0.5)) is None and not self._watch.begun and time.monotonic() < end:
-            pass
+        while (code := self._ended(_TURN_S)) is None and not self._watch.begun and time.monotonic() < end:
+            meanwhile()
         if self._watch.begun:
             if self._watch.leads:
                 print(f"{verdict.line}; its ranks are started again", file=sys.stderr, flush=True)
@@ -208,9 +211,11 @@ class Ranks:
         self._process.send_signal(signal.SIGTERM)
 
 
-def explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
-    """Raise the first rank's UserError, or print the first rank's traceback."""
+def explain_failure(logs: Path, words: Sequence[str], torchrun_log: str = "torchrun.log") -> None:
+    """Raise the first rank's UserError, or print the first rank's traceback; `words` are of ranks that could write no file."""
     errors = _errors(logs)
+    if words:
+        raise UserError(words[0])
     if not errors:
         _explain_death(logs, torchrun_log)
     elif errors[0]["user"]:
@@ -220,9 +225,10 @@ def explain_failure(logs: Path, torchrun_log: str = "torchrun.log") -> None:
         print(f"rank {errors[0]['rank']} failed; logs: {logs}", file=sys.stderr)
 
 
-def first_refusal(logs: Path) -> str | None:
-    """The message of the first UserError that a rank has left."""
-    return next((str(error["message"]) for error in _errors(logs) if error["user"]), None)
+def first_refusal(logs: Path, words: Sequence[str]) -> str | None:
+    """The message of the first UserError that a rank has left; `words` as above."""
+    refusals = (str(error["message"]) for error in _errors(logs) if error["user"])
+    return next(chain(words, refusals), None)
 
 
 def _errors(logs: Path) -> list[dict[str, Any]]:

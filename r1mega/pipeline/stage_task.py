@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -101,9 +101,10 @@ class _StageTask:
             outcome, reason = "refused", str(error)
             raise
         finally:
-            replace(attempt, ended=nodes.now(), outcome=outcome, reason=reason).write(self._logs)
-            whole = directory.finished().keys() == directory.recipe.stages.keys()
-            directory.write_summary("finished" if whole else "failed" if outcome in ("failed", "refused") else "running")
+            with suppress(OSError) if outcome == "refused" else nullcontext():  # by a full disk, perhaps
+                replace(attempt, ended=nodes.now(), outcome=outcome, reason=reason).write(self._logs)
+                whole = directory.finished().keys() == directory.recipe.stages.keys()
+                directory.write_summary("finished" if whole else "failed" if outcome in ("failed", "refused") else "running")
 
     def follow(self) -> int:
         """Any other node. A stage that is finished already opens no meeting."""
@@ -172,7 +173,7 @@ class _StageTask:
             if watch.leads:
                 print(f"{self._hung}; the next attempt goes on from the last checkpoint", file=sys.stderr)
             return code
-        refusal = first_refusal(self._logs)
+        refusal = first_refusal(self._logs, watch.last_words())
         if refusal is not None:
             # Whatever else happened: Slurm ends the other nodes when the first one has failed.
             raise UserError(refusal)
@@ -181,7 +182,7 @@ class _StageTask:
         if code > 128:
             print(f"{name}: stopped by {_signal_name(code)}; the next attempt goes on from the last checkpoint", file=sys.stderr)
         elif code:
-            explain_failure(self._logs, log)
+            explain_failure(self._logs, (), log)
         return code
 
 

@@ -3,13 +3,14 @@
 Runs all stages in turn, or the one that is named, with its logs in a folder of their own and nodes as `Allocation` says.
 """
 
+import errno
 import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from r1mega.rollout.engine import Engine
 
 
+_NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+"""What libraries that write files say of a full disk, whatever their own exceptions are."""
 _LATER_S = 600.0
 """By so much a collective's patience is longer than any phase's deadline: it would say that it waits, but not for whom."""
 
@@ -80,21 +83,29 @@ def main(
         with _progress(run, ranks, terminal, only, logs) as progress, start(run) as barrier:
             run_stages(run, finished, ranks, progress, find, barrier, (only, logs / "stop") if only else None, allocation)
     except Exception as error:
-        traceback.print_exc()
-        found = {
-            "time": time.time(),
-            "rank": ranks.rank,
-            "user": isinstance(error, UserError),
-            "message": " ".join(str(error).split()),
-            "traceback": traceback.format_exc(),
-        }
-        files.write_json(logs / f"rank{ranks.rank}.error.json", found)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _say_why(error, path, logs, ranks.rank)
         # No orderly exit: threads and process groups would wait for ranks that wait for this one.
         os._exit(1)
     heartbeat.end()
     return 0
+
+
+def _say_why(error: Exception, run: Path, logs: Path, rank: int) -> None:
+    """Leave an error in the rank's log and in a file; on a full disk, in the place that its heartbeat has there."""
+    told = traceback.format_exc()
+    message = " ".join(str(error).split())
+    is_full = any(text in told for text in _NO_ROOM)
+    if is_full:
+        message = f"rank {rank}: {message}: a disk or a quota is full; make room for {run}, and the same command goes on"
+    found = {"time": time.time(), "rank": rank, "user": is_full or isinstance(error, UserError), "message": message, "traceback": told}
+    with suppress(OSError):
+        sys.stderr.write(told)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    try:
+        files.write_json(logs / f"rank{rank}.error.json", found)
+    except OSError as gone:
+        heartbeat.end(failed=message if is_full else f"rank {rank}: {message}; {logs}: {gone.strerror}")
 
 
 def run_stages(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from r1mega.config.rollout import Reward
@@ -48,6 +48,8 @@ class Verdict:
 
     value: float | None
     reason: str | None
+    text: str | None = None
+    """What one said that returns a text, or None."""
 
 
 class _Call:
@@ -85,15 +87,24 @@ _Case = tuple[_Call, int, str]
 class Judge:
     """Reward functions, the processes that run them, and the thread that deals out what any thread asks."""
 
-    def __init__(self, rewards: Mapping[str, Reward], workers: int, search_path: Sequence[Path] = (), memory: int = 8 << 30) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        workers: int,
+        search_path: Sequence[Path] = (),
+        memory: int = 8 << 30,
+        texts: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Start `workers` processes, each with every function imported.
 
         `search_path` are folders with modules that are not installed. `memory` is the most bytes a worker may allocate: `10^{10^{12}}`
-        is a short answer. Raises UserError if a function cannot be imported or does not take (prompt, response).
+        is a short answer. `texts` are those of the functions that return a text or None, with the number of their arguments: a response
+        alone, or its prompt before it. Raises UserError if a function cannot be imported or does not take (prompt, response).
         """
         self._rewards = dict(rewards)
         setup = {
             "functions": {name: reward.function for name, reward in rewards.items()},
+            "texts": dict(texts),
             "search_path": [str(folder.resolve()) for folder in search_path],
             "memory": memory,
         }
@@ -297,7 +308,7 @@ class _Worker:
                 if "refused" in hello:
                     raise UserError(hello["refused"])
                 self.ready = True
-        return [Verdict(value, reason) for value, reason in json.loads(b"[" + b",".join(lines) + b"]")]
+        return [Verdict(*said) for said in json.loads(b"[" + b",".join(lines) + b"]")]
 
     def exit_code(self) -> str:
         code = self.process.wait()

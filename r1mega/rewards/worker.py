@@ -26,7 +26,7 @@ NO_VALUE = ("returned None", "returned nan")
 """Reasons of verdicts where the function itself had nothing to say."""
 
 _LONGEST_REASON = 300
-"""Characters. A verdict's line stays below PIPE_BUF (4,096 bytes), so that one `write` sends it whole."""
+"""Characters."""
 
 
 def pack(cases: Sequence[Case]) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def _prompt(fields: dict[str, Any]) -> Prompt:
 def main() -> None:
     """Serve standard input until it closes.
 
-    The first line is the set-up: `functions` (reward name -> import path), `search_path`, `memory` in bytes; it is answered by
-    `{"ready": true}` or `{"refused": why}`. Each further line holds packed cases, and each case is answered by a line `[value, reason]`
-    as soon as it is judged.
+    The first line is the set-up: `functions` (reward name -> import path), `texts` (those that return texts -> number of arguments),
+    `search_path`, `memory` in bytes; it is answered by `{"ready": true}` or `{"refused": why}`. Each further line holds packed cases, and
+    each case is answered by a line `[value, reason, text]` as soon as it is judged.
     """
     die_with_parent()
     requests = os.fdopen(os.dup(0), "rb")
@@ -71,33 +71,40 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (setup["memory"], setup["memory"]))
     search_path = [Path(folder) for folder in setup["search_path"]]
+    texts: dict[str, int] = setup["texts"]
     try:
-        functions = {name: load_function(path, search_path) for name, path in setup["functions"].items()}
+        functions = {name: load_function(path, search_path, texts.get(name, 2)) for name, path in setup["functions"].items()}
     except UserError as error:
         _send(answers, {"refused": str(error)})
         return
     _send(answers, {"ready": True})
     for line in requests:
         for reward, prompt, response in unpack(json.loads(line)):
-            _send(answers, _judge(functions[reward], prompt, response))
+            given = (response,) if texts.get(reward) == 1 else (prompt, response)
+            _send(answers, _judge(functions[reward], given, reward in texts))
 
 
-def _judge(function: Callable[[Any, str], Any], prompt: Prompt | str, response: str) -> tuple[float | None, str | None]:
-    """(value, None), or (None, why it could not be judged)."""
+def _judge(function: Callable[..., Any], given: tuple[Any, ...], is_text: bool) -> tuple[float | None, str | None, str | None]:
+    """(value, None, None), or (None, why it could not be judged, None); of one that returns a text or None, (None, None, what it said)."""
     try:
-        value = function(prompt, response)
+        value = function(*given)
+        if is_text:
+            said = value is None or isinstance(value, str)
+            return (None, None, value) if said else (None, f"returned {type(value).__name__}, not a text", None)
         value = value.item() if hasattr(value, "item") else value  # NumPy's scalars
         if value is None:
-            return None, NO_VALUE[0]
+            return None, NO_VALUE[0], None
         if not isinstance(value, numbers.Real):
-            return None, f"returned {type(value).__name__}, not a number"
+            return None, f"returned {type(value).__name__}, not a number", None
         number = float(value)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
         where = traceback.extract_tb(error.__traceback__)[1:]  # without the call above
-        return None, f"{reason} ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else reason
-    return (number, None) if math.isfinite(number) else (None, f"returned {number}")
+        return None, f"{reason} ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else reason, None
+    return (number, None, None) if math.isfinite(number) else (None, f"returned {number}", None)
 
 
 def _send(answers: int, message: Any) -> None:
-    os.write(answers, json.dumps(message).encode() + b"\n")
+    line = json.dumps(message).encode() + b"\n"
+    while line:
+        line = line[os.write(answers, line) :]

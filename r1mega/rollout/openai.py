@@ -66,6 +66,7 @@ class EndpointTeacher:
         """
         pending = self._server.send(questions, k, seed) if self._server else []
         with heartbeat.phase("generate"):
+            heartbeat.waiting(len(questions) * k, f"{len(questions) * k} answers of {self._url}")
             while left := ranks.shared(lambda: len(wait(pending, timeout=_MEET_S).not_done)):
                 heartbeat.waiting(left, f"{left} answers of {self._url}")
         flat = ranks.shared(lambda: [future.result() for future in pending])

@@ -43,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 _MEET_S = 20.0
 """Ranks that wait for servers meet so often: a collective has less patience than a long rollout."""
+_FIRST_S = 1.0
+"""Until a rank says for whom it waits."""
 _PAUSE_S = 0.5
 
 
@@ -225,8 +227,10 @@ class SglangEngine:
         found: dict[int, T] = {}
         places = list(range(len(calls)))
         for _ in range(self._sglang.retries + 1):
-            while left := sum(ranks.gathered(len(wait(pending, timeout=_MEET_S).not_done))):
+            patience_s = _FIRST_S
+            while left := sum(ranks.gathered(len(wait(pending, timeout=patience_s).not_done))):
                 heartbeat.waiting(left, f"{left} answers, {self._pool.oldest()}")
+                patience_s = _MEET_S
             error = None
             for place, future in zip(places, pending, strict=True):
                 try:

@@ -20,7 +20,6 @@ from r1mega.evaluation import codeforces, versions, votes
 from r1mega.evaluation.metrics import Outcome, estimate, summary
 from r1mega.pipeline import ranks
 from r1mega.pipeline.model_folder import ModelFolder
-from r1mega.rewards.imports import load_function
 from r1mega.rewards.judge import Judge, Verdict
 from r1mega.rewards.worker import NO_VALUE
 from r1mega.rollout.ask import Question, Response, ask
@@ -42,11 +41,11 @@ class Benchmark:
         self.name, self.suite, self.seed = name, suite, seed
         self.prompts = load_prompts(suite.prompts, Path())
         self.use(model)
-        self._extract = load_function(suite.extract, arguments=1) if suite.extract else None
         self._version = ranks.on_first(lambda: versions.version(suite, self.prompts))
         functions = self._functions() | ({"equal": suite.equal} if suite.equal else {})
+        # Whatever a user's function may do, it does in a process that can be killed.
         rewards = {key: Reward(function=path, deadline_s=suite.deadline_s) for key, path in functions.items()}
-        self._judge = Judge(rewards, judges)
+        self._judge = Judge(rewards, judges, texts={"extract": 1})
 
     def use(self, model: ModelFolder) -> None:
         """Ask in this model's tokens from now on."""
@@ -78,11 +77,13 @@ class Benchmark:
         """What every response is judged by."""
         suite = self.suite
         measures = {f"measure_{key}": path for key, path in suite.measures.items()}
-        return {"judge": suite.judge, **measures, **{f"weight_{key}": path for key, path in suite.weights.items()}}
+        weights = {f"weight_{key}": path for key, path in suite.weights.items()}
+        return {"judge": suite.judge, **measures, **weights, **({"extract": suite.extract} if suite.extract else {})}
 
     def _judged(self, answered: Answered, verdicts: Verdicts, samples: Path | None) -> dict[str, Any]:
         """The metrics, made on rank 0."""
-        self._check_judged("judge", [verdict["judge"].reason for verdict in verdicts])
+        for key in ("judge", "extract") if self.suite.extract else ("judge",):
+            self._check_judged(key, [verdict[key].reason for verdict in verdicts])
         outcomes = [self._outcome(response, verdict) for (_, response), verdict in zip(answered, verdicts, strict=True)]
         if samples is not None:
             write_samples(samples, answered, outcomes)
@@ -97,7 +98,7 @@ class Benchmark:
     def _counted(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """pass@1, pass@k and, where there are votes, cons@k."""
         grouped = list(self._by_prompt(outcomes))
-        if self._extract is None:
+        if self.suite.extract is None:
             measured = summary(grouped, self.seed)
             del measured[f"cons@{self.suite.k}"]
             return measured
@@ -181,7 +182,7 @@ class Benchmark:
         if self.suite.truncated == "wrong" and response.sample.finish == "length":
             return Outcome(False, None)
         value = verdict["judge"].value
-        return Outcome(None if value is None else value > 0.5, self._extract(response.text) if self._extract else None)
+        return Outcome(None if value is None else value > 0.5, verdict["extract"].text if self.suite.extract else None)
 
     def _by_prompt(self, values: Sequence[T]) -> Iterator[Sequence[T]]:
         return (values[start : start + self.suite.k] for start in range(0, len(values), self.suite.k))

@@ -6,7 +6,7 @@ Every chunk of prompts that is done is a line of `ledger.jsonl`; a stage that wa
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,8 @@ from r1mega.pipeline import ranks
 from r1mega.pipeline.context import StageContext, Stopped
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.rewards import agreement
-from r1mega.rewards.imports import load_function
-from r1mega.rewards.judge import Judge
+from r1mega.rewards.judge import Judge, Verdict
+from r1mega.rewards.worker import NO_VALUE
 from r1mega.rollout.ask import Question
 from r1mega.rollout.open import open_endpoint
 from r1mega.rollout.teacher import Answer, EngineTeacher, Teacher
@@ -146,12 +146,12 @@ class _Sampler:
     def __init__(self, ctx: StageContext, stage: Rejection, teacher: Teacher, stack: ExitStack) -> None:
         self.ctx, self.stage, self.teacher = ctx, stage, teacher
         settings = stage.filters.model_dump(exclude={"language"})
-        self.filters = Filters(**settings, share=load_function(stage.filters.language))
-        self.rewrite: Callable[[Prompt, str], str | None] | None = load_function(stage.rewrite) if stage.rewrite else None
+        self.filters = Filters(**settings, share=self._share)
         self.referee = open_endpoint(stage.judge_endpoint, _OPINION) if stage.judge_endpoint else None
-        self.judge: Judge | None = None
-        if stage.judge is not None:
-            self.judge = stack.enter_context(Judge({"judge": Reward(function=stage.judge)}, ctx.recipe.run.judges))
+        # Whatever a user's function may do, it does in a process that can be killed.
+        functions = {"judge": stage.judge, "language": stage.filters.language, "rewrite": stage.rewrite}
+        rewards = {name: Reward(function=path) for name, path in functions.items() if path is not None}
+        self.judge = stack.enter_context(Judge(rewards, ctx.recipe.run.judges, texts={"rewrite": 2}))
 
     def sample(self, questions: Sequence[Question], index: int) -> _Done:
         """Ask the questions and keep what is correct and readable; the same on every rank."""
@@ -169,7 +169,10 @@ class _Sampler:
         self._check_share("could not be judged", unknown, len(samples), index)
         verdicts = [one.right for one in opinions]
         correct = [verdicts[start : start + self.stage.k] for start in range(0, len(verdicts), self.stage.k)]
-        done = ranks.collected([self._kept(*one) for one in ranks.dealt(list(zip(questions, groups, correct, strict=True)))])
+        with heartbeat.phase("judge"):
+            found = ranks.collected([self._kept(*one) for one in ranks.dealt(list(zip(questions, groups, correct, strict=True)))])
+        self._check_share("could not be rewritten", [reason for _, reasons in found for reason in reasons], len(samples), index)
+        done = [one for one, _ in found]
         totals = sum((Counter(one.counts) for one in done), Counter[str]())
         return _Done([row for one in done for row in one.rows], dict(totals))
 
@@ -183,9 +186,10 @@ class _Sampler:
 
     def _judged(self, samples: Sequence[tuple[Prompt, Answer]]) -> list[_Opinion]:
         """What the judge function says. Without one all samples are right, unless a model is to judge them."""
-        if self.judge is None:
+        if self.stage.judge is None:
             return [_Opinion(None, "it has no reference answer") if self.referee else _Opinion(True)] * len(samples)
-        verdicts = [found["judge"] for found in self.judge.judge([(prompt, answer.text) for prompt, answer in samples])]
+        items = [(prompt, answer.text) for prompt, answer in samples]
+        verdicts = [found["judge"] for found in self.judge.judge(items, [["judge"]] * len(items))]
         return [_Opinion(None if found.value is None else found.value > 0.5, found.reason or "") for found in verdicts]
 
     def _refereed(
@@ -206,28 +210,37 @@ class _Sampler:
             found[place] = _Opinion(agreement.verdict(reply.text), reason)
         return found
 
-    def _kept(self, question: Question, answers: Sequence[Answer], correct: Sequence[bool | None]) -> _Done:
-        """Of one prompt's answers the first that pass, at most `keep`."""
+    def _kept(self, question: Question, answers: Sequence[Answer], correct: Sequence[bool | None]) -> tuple[_Done, list[str]]:
+        """Of one prompt's answers the first that pass, at most `keep`; and why others could not be rewritten."""
         rows: list[Row] = []
+        lost: list[str] = []
         counts = Counter(samples=len(answers))
         for answer, right in zip(answers, correct, strict=True):
-            reason = _rejected(answer, right) or self._filtered(question.prompt, answer)
+            reason = _rejected(answer, right) or self.filters.reason(question.prompt, answer.text, answer.finish)
             if reason is None and len(rows) == self.stage.keep:
                 reason = "enough_of_this_prompt"
-            text = answer.text if reason is not None or self.rewrite is None else self.rewrite(question.prompt, answer.text)
-            if text is None:
-                reason = "not_rewritten"
+            text: str | None = answer.text
+            if reason is None and self.stage.rewrite is not None:
+                said = self._said("rewrite", question.prompt, answer.text)
+                text = said.text
+                if text is None:
+                    reason = "not_rewritten"
+                    lost += [said.reason] if said.reason is not None else []
             if reason is not None:
                 counts[f"dropped {reason}"] += 1
                 continue
             rows.append(_row(question.prompt, answer, str(text)))
-        return _Done(rows, dict(counts))
+        return _Done(rows, dict(counts)), lost
 
-    def _filtered(self, prompt: Prompt, answer: Answer) -> str | None:
-        try:
-            return self.filters.reason(prompt, answer.text, answer.finish)
-        except ValueError as error:  # a prompt whose language is none
-            raise UserError(f"stage {self.ctx.name}: {error}") from None
+    def _said(self, function: str, prompt: Prompt, text: str) -> Verdict:
+        return self.judge.judge([(prompt, text)], [[function]])[0][function]
+
+    def _share(self, prompt: Prompt, text: str) -> float | None:
+        """The share of a text that is in its prompt's language; None where there is nothing to measure."""
+        said = self._said("language", prompt, text)
+        if said.value is None and said.reason not in NO_VALUE:
+            raise UserError(f"stage {self.ctx.name}: filters.language does not judge an answer to {prompt.id}: {said.reason}")
+        return said.value
 
 
 def _rejected(answer: Answer, right: bool | None) -> str | None:
