@@ -62,7 +62,8 @@ KILLED = {
         ],
     ),
 }
-SOON = [f"run.deadlines.{phase}=10" for phase in ("generate", "judge", "logprobs", "train", "sync", "save")]
+# A checkpoint may take long on a machine that is busy, and is no hang.
+SOON = [*(f"run.deadlines.{phase}=15" for phase in ("generate", "judge", "logprobs", "train", "sync")), "run.deadlines.save=60"]
 STOPPED = r"hang: rank 1 has been in \w+ for \d+ s .*: it is stopped by a signal \(kill -CONT \d+ lets it go on\); .* goes on .*\n"
 pytestmark = pytest.mark.lane
 
@@ -256,7 +257,7 @@ def test_a_run_that_was_killed_or_hung_goes_on_to_the_same_bits(kind: str, tmp_p
         time.sleep(0.02)
     if kind == "grpo":
         stop_rank_1(tmp_path / "broken")
-        assert broken.wait(60) == HUNG and re.fullmatch(STOPPED, said.read_text())
+        assert broken.wait(120) == HUNG and re.fullmatch(STOPPED, said.read_text())
     else:
         broken.kill()
         broken.wait()
