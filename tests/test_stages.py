@@ -233,8 +233,10 @@ def test_a_length_cap_beyond_the_context_is_refused(tmp_path: Path) -> None:
 
 
 def stop_rank_1(run: Path) -> None:
-    beat = None
-    while beat is None:
+    """Not while it saves, for which it has longer."""
+    beat = heartbeat.read(run / "logs/beats/0/1")
+    while beat is None or beat.phase not in ("generate", "logprobs", "train", "sync"):
+        time.sleep(0.01)
         beat = heartbeat.read(run / "logs/beats/0/1")
     os.kill(beat.pid, signal.SIGSTOP)
 

@@ -157,6 +157,33 @@ def test_what_was_sampled_is_correct_readable_and_counted(tmp_path: Path) -> Non
         assert row["response_ids"][-1] == 2
 
 
+REWRITER = """
+from pathlib import Path
+
+def louder(prompt, response):
+    marker = Path(__file__).with_name("failed")
+    if not marker.exists():
+        marker.touch()
+        raise LookupError("no louder word")
+    return f"{response} !"
+"""
+
+
+def test_what_is_kept_may_be_rewritten_and_what_cannot_be_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewriter.py").write_text(REWRITER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    changes = ["stages.samples.rewrite=rewriter:louder", "stages.samples.prompts.limit=20"]
+    with pytest.raises(UserError, match=r"0.6% of the samples could not be rewritten, .* first reason: LookupError: no louder word \(rew"):
+        run(tmp_path / "strict", *changes, "stages.samples.not_judged_limit=0", until="samples")
+    (tmp_path / "failed").unlink()
+    stage = run(tmp_path / "run", *changes, until="samples")
+    counts = json.loads((stage / "provenance.json").read_text())["metrics"]
+    rows = [json.loads(line) for line in (stage / "artifact/data.jsonl").read_text().splitlines()]
+    assert counts["dropped/not_rewritten"] == 1 and len(rows) == counts["kept"] > 5
+    assert all(row["messages"][-1]["content"].endswith("</answer> !") and row["response_ids"] is None for row in rows)
+
+
 def test_an_interrupted_sampling_goes_on_after_its_ledger(tmp_path: Path) -> None:
     straight = run(tmp_path / "straight", until="samples")
     with pytest.raises(Stopped):
