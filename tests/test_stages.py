@@ -41,15 +41,6 @@ SHORT = [
 ]
 # Checkpoints are written beside the training and appear an update or two late: enough updates must be left to break.
 KILLED = {
-    "grpo-ahead": (
-        "configs/tiny/r1_zero.yaml",
-        "01-zero",
-        [
-            *(change for change in SHORT if "save_every" not in change and "updates=" not in change),
-            *("stages.zero.updates=8", "stages.zero.updates_per_rollout=1", "stages.zero.save_every=2", "stages.zero.staleness=1"),
-            *("stages.zero.partial={segment: 10, extra_prompts: 3}", "stages.zero.evaluation=null"),
-        ],
-    ),
     "grpo": ("configs/tiny/r1_zero.yaml", "01-zero", [*SHORT, "stages.zero.updates=10", "stages.zero.evaluation=null"]),
     "pretrain": (
         "configs/tiny/base.yaml",

@@ -1,6 +1,8 @@
 """The chaos tool on one stage. What it found on all of them stands in docs/cluster.md."""
 
 import json
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +25,15 @@ def test_a_stage_killed_again_and_again_leaves_what_an_unbroken_one_leaves(tmp_p
     kills = [kill for kill in figures["kills"] if kill["stage"] == "grpo"]
     assert len(kills) >= 2 and any(kill["target"] != "judge" for kill in figures["kills"])
     assert not any(figures["differences"].values())
+    for bitwise in (True, False):
+        assert tampered(tmp_path / "unbroken", bitwise) == ["zero: rows"]
+
+
+def tampered(unbroken: Path, bitwise: bool) -> list[str]:
+    """What the tool says of a run of which one row of metrics is there twice."""
+    run = Path(shutil.copytree(unbroken, unbroken.with_name(f"tampered-{bitwise}")))
+    rows = run / "stages/01-zero/metrics.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([lines[0], *lines]))
+    found: list[str] = runpy.run_path(str(ROOT / "tools/chaos"))["different"](unbroken, run, bitwise)
+    return found
