@@ -240,7 +240,7 @@ def test_a_run_that_was_killed_or_hung_goes_on_to_the_same_bits(kind: str, tmp_p
     def command(folder: str, *more: str) -> list[str]:
         return [sys.executable, "-m", "r1mega.cli", "run", str(ROOT / recipe), "-o", str(tmp_path / folder), *changes, *more]
 
-    subprocess.run(command("straight"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    subprocess.run(command("straight"), check=True, timeout=300, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent)
     said = tmp_path / "said"
     with said.open("w") as file:
         broken = subprocess.Popen(command("broken", *SOON), stdout=subprocess.DEVNULL, stderr=file, preexec_fn=die_with_parent)
@@ -255,7 +255,7 @@ def test_a_run_that_was_killed_or_hung_goes_on_to_the_same_bits(kind: str, tmp_p
         broken.kill()
         broken.wait()
     assert checkpoint.exists() and not (tmp_path / "broken/stages" / stage / "artifact").exists()
-    subprocess.run(command("broken"), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    subprocess.run(command("broken"), check=True, timeout=300, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent)
     one, other = (load_file(tmp_path / name / "stages" / stage / "artifact/model.safetensors") for name in ("straight", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     rows = [read_metrics(tmp_path / name / "stages" / stage / "metrics.jsonl") for name in ("straight", "broken")]
