@@ -188,8 +188,8 @@ def check_block_fp8(param: EngineParam, shapes: Mapping[str, tuple[int, ...]]) -
         if not whole_blocks(piece.source, shapes[piece.tensor]) or any(start % BLOCK for start in piece.box.start):
             share = " x ".join(map(str, piece.source.shape))
             raise UserError(
-                f"rollout.sglang.layout: {param.name} cannot be served in block FP8: a rank's share of {piece.tensor} is {share}, not whole "
-                f"blocks of {BLOCK} x {BLOCK}; choose a smaller tp, more ep, or dense_tp and shared_experts: whole"
+                f"rollout.sglang.layout: {param.name} cannot be served in block FP8: a rank's share of {piece.tensor} is {share}, not "
+                f"whole blocks of {BLOCK} x {BLOCK}; choose a smaller tp, more ep, or dense_tp and shared_experts: whole"
             )
 
 
