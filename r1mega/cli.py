@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return call(command.parse_intermixed_args(given[1:]))
     except UserError as error:
         print(f"r1mega: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # Whoever read the output (`| head`) has had enough. Python would say so again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

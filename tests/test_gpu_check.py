@@ -121,7 +121,7 @@ def test_a_worker_that_fails_says_how() -> None:
     with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
         Bench("cpu").ask("cpu", "nothing", {})
     with pytest.raises(RuntimeError, match=r"did not end in 0\.01 s"):
-        Bench("cpu", patience_s=0.01).ask("cpu", "curve", {})
+        Bench("cpu", patience_s=0.01).ask("cpu", "outputs", {})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -132,3 +132,18 @@ def test_an_offloaded_optimizer_lives_on_the_host_with_its_gradients() -> None:
             owned = owned_values(layout, 256, rank.values, how)
             assert rank.gpu.optimizer == pytest.approx(12 * (1 - share) * owned)
             assert rank.host == {"optimizer": pytest.approx(16 * share * owned)}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=4, ep=8, pipeline="Et*15|t*16|t*16|t*14mL")])
+def test_fp8_keeps_copies_of_linear_layers_unless_they_pass_with_their_layer(layout: Layout) -> None:
+    """Of V3 those are all weights but embedding, head, norms, routers and the MTP layer's join; an MoE layer has 11.3e9 in experts."""
+    ranks = layout.tp * layout.pp * max(1, layout.ep // layout.tp)
+    plain, fp8 = (training_memory(V3, layout, ranks, replace(PLAIN, fp8=fp8), 4) for fp8 in ("none", "blockwise"))
+    full = replace(PLAIN, recompute=frozenset({"full"}))
+    passing = training_memory(V3, layout, ranks, replace(full, fp8="blockwise"), 4)
+    for a, b, c, d in zip(plain, fp8, passing, training_memory(V3, layout, ranks, full, 4), strict=True):
+        assert b.gpu.weights == a.gpu.weights + 2 * a.values.linear
+        assert c.gpu.weights == d.gpu.weights
+        assert 0 < c.gpu.working - d.gpu.working <= 2 * (11.3e9 / layout.ep + 0.25e9)
+    if layout == Layout():
+        assert 0.99 < plain[0].values.linear / plain[0].values.trained < 1

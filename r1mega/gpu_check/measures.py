@@ -1,7 +1,8 @@
 """Measurements on the platform that this process has started. Each gives scalars, and tensors to compare, by name."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils import benchmark
 
 from r1mega.config.layout import Layout
 from r1mega.config.training import Optimizer, Train
+from r1mega.data.packing import TokenSequence
 from r1mega.gpu_check import models
 from r1mega.gpu_check.models import Kind
 from r1mega.megatron import platform
@@ -88,17 +90,38 @@ def _outputs(arch: Architecture, train: Train, routed: bool) -> tuple[float, dic
 # ------------------------------------------------------------ a short run
 
 
-def curve(train: Train, *, device: str) -> Measured:
-    """The loss of every step of a short run from fresh weights on the tiny language."""
+def curve(train: Train, *, base: dict[str, Any], device: str) -> Measured:
+    """Losses of every step of two short runs from the same weights on the same text: as `base` says, and as `train` does.
+
+    The weights have learnt the tiny language before. While a loss still falls steeply, a step more or less is a larger gap than FP8 makes.
+    """
     size = models.scale(device)
-    train = train.model_copy(update={"chunk_tokens": size.tokens})
-    policy = Policy(size.curve, Layout(), train, Optimizer(lr=_LEARNING_RATE))
-    policy.exchange.initialize(1 / math.sqrt(size.curve.hidden), seed=1)
+    plain = Train(**base, chunk_tokens=size.tokens)
+    batches = models.text(size.tokens, min(size.length, size.curve.max_positions))
+    if size.settle:
+        policy = Policy(size.curve, Layout(), plain, Optimizer(lr=_LEARNING_RATE))
+        policy.exchange.initialize(1 / math.sqrt(size.curve.hidden), seed=1)
+        _descended(policy, islice(batches, size.settle), _LEARNING_RATE)
+        learnt = {name: value.cpu().clone() for name, value in policy.exchange.gather(torch.float32).items()}
+        del policy
+        read = reader_of(learnt)
+    else:
+        read = models.learnt()
+    drawn = list(islice(batches, size.steps))
     losses = []
-    for step, sequences in zip(range(size.steps), models.text(size.tokens, min(size.length, size.curve.max_positions)), strict=False):
-        rate = _LEARNING_RATE * min(1.0, (step + 1) / size.warmup)
-        losses.append(policy.step(policy.microbatches(sequences), cross_entropy, rate).loss)
-    return Measured({"losses": losses}, {})
+    for how in (plain, train.model_copy(update={"chunk_tokens": size.tokens})):
+        policy = Policy(size.curve, Layout(), how, Optimizer(lr=_LEARNING_RATE))
+        policy.exchange.load(read)
+        losses.append(_descended(policy, drawn, _LEARNING_RATE / 3))
+    return Measured({"base": losses[0], "losses": losses[1]}, {})
+
+
+def _descended(policy: Policy, batches: Iterable[list[TokenSequence]], lr: float) -> list[float]:
+    """Losses of a step on each of the batches, the rate warmed up."""
+    return [
+        policy.step(policy.microbatches(sequences), cross_entropy, lr * min(1.0, (step + 1) / models.WARMUP)).loss
+        for step, sequences in enumerate(batches)
+    ]
 
 
 # ------------------------------------------------------------ a layer

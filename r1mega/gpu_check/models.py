@@ -16,10 +16,13 @@ from r1mega.data.tiny import running_sum
 from r1mega.pipeline.model_folder import ModelFolder
 from r1mega.weights.architecture import Architecture, Mla, Moe, read_config
 from r1mega.weights.canonical import canonical
+from r1mega.weights.moving import Read
 
 CONFIGS = Path(r1mega.__file__).parents[1] / "configs"
 FAMILIES = ("DeepSeek-V3", "Moonlight", "Qwen2", "Llama")
 Kind = Literal["dense", "MoE"]
+WARMUP = 8
+"""Steps in which the rate of a short run rises."""
 
 
 def family(name: str) -> Architecture:
@@ -44,24 +47,25 @@ class Scale:
     length: int
     gemm: int
     curve: Architecture
+    settle: int
+    """Steps from fresh weights until the loss hardly falls; 0: the shipped tiny base is there already."""
     steps: int
-    warmup: int
 
 
 def scale(device: str) -> Scale:
     """V3's real shape for a GPU; for a CPU what takes seconds, to try the harness itself."""
     tiny = replace(family("DeepSeek-V3"), mtp_layers=0)
     if device == "cpu":
-        return Scale(shrink=32, heads=4, rows=256, tokens=512, length=128, gemm=512, curve=tiny, steps=12, warmup=4)
+        return Scale(shrink=32, heads=4, rows=256, tokens=512, length=128, gemm=512, curve=tiny, settle=0, steps=12)
     assert tiny.moe is not None
-    # Every size is a multiple of FP8's blocks of 128.
+    # Multiples of FP8's blocks of 128, but for the keys' rotary part, as in V3.
     curve = replace(
         tiny, hidden=1024, layers=6, intermediate_size=2816, heads=8, kv_heads=8, head_dim=192, max_positions=4096, rope_theta=10000.0,
         mla=Mla(q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
         moe=replace(tiny.moe, experts=16, top_k=4, intermediate_size=512, groups=4, top_groups=2),
     )  # fmt: skip
     # 8,192 tokens of top 8 over 16 experts are 4,096 for each of them, as under EP64 with as many tokens on every GPU.
-    return Scale(shrink=1, heads=128, rows=16160, tokens=8192, length=4096, gemm=8192, curve=curve, steps=100, warmup=20)
+    return Scale(shrink=1, heads=128, rows=16160, tokens=8192, length=4096, gemm=8192, curve=curve, settle=300, steps=100)
 
 
 def layer_slice(kind: Kind, size: Scale) -> Architecture:
@@ -107,10 +111,19 @@ def random_sequences(arch: Architecture, lengths: tuple[int, ...], *, routed: bo
     return found
 
 
+def learnt() -> Read:
+    """The weights of the shipped tiny base, which has learnt the tiny language."""
+    return ModelFolder(CONFIGS / "tiny/base").open().read
+
+
 def text(tokens: int, length: int) -> Iterator[list[TokenSequence]]:
-    """The tiny language, update by update: documents one after another, cut every `length` tokens."""
+    """What the tiny base learnt last, update by update: documents one after another, cut every `length` tokens."""
     model = ModelFolder(CONFIGS / "tiny/architecture")
-    documents = running_sum.documents(TinyCorpus(kind="tiny", task="running_sum", long_share=0.9))
+    # As in the second phase of configs/tiny/base.yaml.
+    corpus = TinyCorpus(
+        kind="tiny", task="running_sum", long_share=0.12, tagged_share=0.8, error_rate=(0.05, 0.01), corrected_share=0.7, seed=1
+    )
+    documents = running_sum.documents(corpus)
     stream = (token for one in documents for token in [*model.tokenizer(one)["input_ids"], model.tokenizer.eos_token_id])
     while True:
         drawn = torch.tensor(list(islice(stream, tokens)))

@@ -17,8 +17,8 @@ from r1mega.weights.pipeline import Stage
 class Memory:
     """Bytes of one rank's GPU at the peak of a training step.
 
-    `working`: what one layer's backward pass adds; `dispatch`: buffers of the experts' traffic; `logits`: the head's peak;
-    `buckets`: of a weight sync; `runtime`: CUDA, NCCL, workspaces.
+    `weights`: under FP8 with the copies in it; `working`: what one layer's backward pass adds; `dispatch`: buffers of the
+    experts' traffic; `logits`: the head's peak; `buckets`: of a weight sync; `runtime`: CUDA, NCCL, workspaces.
     """
 
     weights: float
@@ -139,12 +139,15 @@ def _rank(
     owned = owned_values(layout, ranks, values, how)
     any_moe = any(stage.layers.stop > each.first_moe or stage.mtp for stage in chunks)
     passes = in_flight(layout.pp, layout.vpp, chunks[0].pp, micro_batches)
+    quantised = fp8_copies(values, how)
+    # Fully recomputed, one layer's at a time; a stage may have an embedding alone.
+    passing = quantised / max(1, sum(len(stage.layers) + len(stage.mtp) for stage in chunks)) if "full" in how.recompute else 0.0
     gpu = Memory(
-        weights=weights,
+        weights=weights + (0 if passing else quantised),
         gradients=how.grad_bytes * values.trained,
         optimizer=owned * (how.state_bytes + how.step_bytes) * (1 - how.offload),
         activations=sum(count * each.kept(stage) for stage, count in zip(chunks, passes, strict=True)),
-        working=each.working_moe if any_moe else each.working_dense,
+        working=(each.working_moe if any_moe else each.working_dense) + passing,
         dispatch=each.dispatch if any_moe else 0.0,
         logits=each.logits if any(stage.loss for stage in chunks) else 0.0,
         buckets=2 * bucket_bytes,
@@ -158,6 +161,14 @@ def _rank(
 def weight_bytes(values: Values, how: Execution) -> float:
     """Bytes of the weights; buffers are float32."""
     return how.weight_bytes * values.trained + 4 * values.buffers
+
+
+def fp8_copies(values: Values, how: Execution) -> float:
+    """Bytes of the FP8 copies that Transformer Engine makes of bf16 weights, by rows and by columns.
+
+    They live as long as a step, and with everything recomputed no longer than their layer runs (`platform/cuda`).
+    """
+    return 0.0 if how.fp8 == "none" else 2.0 * values.linear
 
 
 def owned_values(layout: Layout, ranks: int, values: Values, how: Execution) -> float:

@@ -11,22 +11,26 @@ from r1mega.config.layout import Layout
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.pipeline import Stage, stages
 from r1mega.weights.placement import Spelling, local_values, stage_rows
-from r1mega.weights.table import Row
+from r1mega.weights.table import Row, Storage
 
 
 @dataclass(frozen=True)
 class Values:
-    """Values of one rank. `dense` are held alike by dp x cp ranks, `expert` by edp ranks; `buffers` are float32 and not trained."""
+    """Values of one rank. `dense` are held alike by dp x cp ranks, `expert` by edp ranks; `buffers` are float32 and not trained.
+
+    `linear`: of the trained ones those that an FP8 recipe quantises.
+    """
 
     dense: int = 0
     expert: int = 0
     buffers: int = 0
+    linear: int = 0
 
     def __add__(self, other: "Values") -> "Values":
-        return Values(self.dense + other.dense, self.expert + other.expert, self.buffers + other.buffers)
+        return Values(self.dense + other.dense, self.expert + other.expert, self.buffers + other.buffers, self.linear + other.linear)
 
     def __mul__(self, count: int) -> "Values":
-        return Values(self.dense * count, self.expert * count, self.buffers * count)
+        return Values(self.dense * count, self.expert * count, self.buffers * count, self.linear * count)
 
     @property
     def trained(self) -> int:
@@ -103,4 +107,5 @@ def _row(row: Row, layout: Layout) -> Values:
     values = local_values(row, layout)
     if row.buffer:
         return Values(buffers=values)
-    return Values(expert=values) if row.experts else Values(dense=values)
+    linear = values if row.storage is Storage.BLOCK_FP8 else 0
+    return Values(expert=values, linear=linear) if row.experts else Values(dense=values, linear=linear)

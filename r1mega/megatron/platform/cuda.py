@@ -102,7 +102,14 @@ def config_overrides(arch: Architecture, layout: Layout, train: Train) -> dict[s
     """TransformerConfig fields that this platform decides."""
     check(train)
     # Of a dense model too: with Megatron-Core's default it refuses sequences of varying length, which pipelines have.
-    fields: dict[str, Any] = {"gradient_accumulation_fusion": True, "moe_token_dispatcher_type": "alltoall", **_FP8[train.fp8]}
+    fields: dict[str, Any] = {
+        "gradient_accumulation_fusion": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # Transformer Engine would keep FP8 copies of all weights from one micro-batch to the next, as many bytes as the weights in bf16.
+        # Where every layer is computed again in its backward pass, they can go with it; making them anew reads the weights once more.
+        "disable_parameter_transpose_cache": train.fp8 != "none" and train.recompute == "full",
+        **_FP8[train.fp8],
+    }
     if arch.moe is None:
         return fields
     # With all experts on every rank there is nothing to send, and Megatron-Core's flexible dispatcher refuses to.
