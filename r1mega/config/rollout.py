@@ -93,7 +93,7 @@ class Sglang(Closed):
     @classmethod
     def _draft_with_no_model(cls, arguments: list[str]) -> list[str]:
         words = " ".join(arguments).replace("=", " ").split()
-        if "--speculative-algorithm" in words and "NGRAM" not in words:
+        if any(word == "--speculative-algorithm" and how != "NGRAM" for word, how in zip(words, [*words[1:], ""], strict=True)):
             raise ValueError(
                 "--speculative-algorithm: no sync brings weights of a draft model, the MTP layer's neither; leave it out, or use NGRAM"
             )
