@@ -1,6 +1,7 @@
 """How responses are drawn, and judged by functions."""
 
 import re
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -93,7 +94,7 @@ class Sglang(Closed):
     @classmethod
     def _draft_with_no_model(cls, arguments: list[str]) -> list[str]:
         words = " ".join(arguments).replace("=", " ").split()
-        if any(word == "--speculative-algorithm" and how != "NGRAM" for word, how in zip(words, [*words[1:], ""], strict=True)):
+        if any(word == "--speculative-algorithm" and how != "NGRAM" for word, how in pairwise([*words, ""])):
             raise ValueError(
                 "--speculative-algorithm: no sync brings weights of a draft model, the MTP layer's neither; leave it out, or use NGRAM"
             )
