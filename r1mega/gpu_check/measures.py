@@ -97,7 +97,7 @@ def curve(train: Train, *, base: dict[str, Any], device: str) -> Measured:
     """
     size = models.scale(device)
     plain = Train(**base, chunk_tokens=size.tokens)
-    batches = models.text(size.tokens, min(size.length, size.curve.max_positions))
+    batches = models.text(size)
     if size.settle:
         policy = Policy(size.curve, Layout(), plain, Optimizer(lr=_LEARNING_RATE))
         policy.exchange.initialize(1 / math.sqrt(size.curve.hidden), seed=1)

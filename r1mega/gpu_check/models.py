@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -116,15 +116,23 @@ def learnt() -> Read:
     return ModelFolder(CONFIGS / "tiny/base").open().read
 
 
-def text(tokens: int, length: int) -> Iterator[list[TokenSequence]]:
-    """What the tiny base learnt last, update by update: documents one after another, cut every `length` tokens."""
+def text(size: Scale) -> Iterator[list[TokenSequence]]:
+    """What the tiny base learnt last, update by update.
+
+    For the base itself each document is a sequence, as it learnt them; a model that learns here reads one after another, cut every
+    `length` tokens, which spares a GPU the many short sequences.
+    """
     model = ModelFolder(CONFIGS / "tiny/architecture")
     # As in the second phase of configs/tiny/base.yaml.
     corpus = TinyCorpus(
         kind="tiny", task="running_sum", long_share=0.12, tagged_share=0.8, error_rate=(0.05, 0.01), corrected_share=0.7, seed=1
     )
-    documents = running_sum.documents(corpus)
-    stream = (token for one in documents for token in [*model.tokenizer(one)["input_ids"], model.tokenizer.eos_token_id])
+    documents = ([*model.tokenizer(one)["input_ids"], model.tokenizer.eos_token_id] for one in running_sum.documents(corpus))
+    stream = chain.from_iterable(documents)
     while True:
-        drawn = torch.tensor(list(islice(stream, tokens)))
-        yield [TokenSequence(part, torch.full((len(part),), 1.0 / tokens)) for part in drawn.split(length)]
+        if size.settle:
+            parts = torch.tensor(list(islice(stream, size.tokens))).split(min(size.length, size.curve.max_positions))
+        else:
+            parts = tuple(map(torch.tensor, islice(documents, size.tokens // 32)))
+        total = sum(map(len, parts))
+        yield [TokenSequence(part, torch.full((len(part),), 1.0 / total)) for part in parts]
