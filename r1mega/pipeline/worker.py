@@ -124,7 +124,7 @@ def run_stages(
     """
     stop_file = only[1] if only else None
     logs = stop_file.parent if stop_file else run.logs
-    with Engines(partial(opened, run, logs / ENGINE, ranks.local_world_size, allocation)) as engines:
+    with Engines(partial(opened, run, progress, logs / ENGINE, ranks.local_world_size, allocation)) as engines:
         for name, stage in run.recipe.stages.items():
             if only and name != only[0]:
                 continue
@@ -140,13 +140,17 @@ def run_stages(
             barrier()
 
 
-def opened(run: RunDirectory, logs: Path, local_ranks: int, allocation: Allocation, model_dir: Path) -> "Engine":
+def opened(run: RunDirectory, progress: Progress, logs: Path, local_ranks: int, allocation: Allocation, model_dir: Path) -> "Engine":
     """The recipe's engine for the model that a folder describes, beside so many ranks on each machine."""
     from r1mega.rollout.open import Surroundings, open_engine
 
-    settings = run.recipe.run
+    settings, rollout = run.recipe.run, run.recipe.rollout
+    if rollout.engine == "sglang":
+        servers = rollout.sglang
+        wanted = ", ".join(servers.addresses) or f"{servers.layout.servers} of tp {servers.layout.tp}, which log to {logs}"
+        progress.note(f"waiting for SGLang servers, at most {servers.start_timeout_s:g} s: {wanted}")
     where = Surroundings(settings.platform, logs, settings.threads_per_rank, local_ranks, allocation)
-    return open_engine(run.recipe.rollout, model_dir, where)
+    return open_engine(rollout, model_dir, where)
 
 
 def _run_stage(
