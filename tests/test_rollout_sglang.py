@@ -29,8 +29,8 @@ from r1mega.rollout.engine import Request, Sample, SamplingParams, Scoring
 from r1mega.rollout.engine import joined as joined_samples
 from r1mega.rollout.local import LocalEngine
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_checksums import on_cpu as checksum
 from r1mega.rollout.sglang_servers import Started
-from r1mega.rollout.sglang_sync import checksum
 from r1mega.weights.moving import reader_of
 from r1mega.weights.shipping import tensors
 from r1mega.weights.source import Mapped

@@ -16,7 +16,8 @@ import torch
 
 from r1mega.config.rollout import Sglang
 from r1mega.errors import UserError
-from r1mega.rollout import sglang_payload
+from r1mega.rollout import sglang_checksums, sglang_payload
+from r1mega.rollout.sglang_checksums import comparable, on_gpu
 from r1mega.rollout.sglang_payload import InBytes, InHandles, InSegments, carrier, flattened, is_here, named
 from r1mega.rollout.sglang_sync import Control, Failed, contents, load
 from r1mega.weights.sync import Bucket, Entry
@@ -171,3 +172,23 @@ def test_servers_draft_with_no_model_that_a_sync_leaves_behind():
         with pytest.raises(ValueError, match="no sync brings weights of a draft model"):
             Sglang(arguments=words)
     Sglang(arguments=["--speculative-algorithm", "NGRAM"])
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "expected"),
+    [
+        (0, torch.float32, "0000000000000000"), (15, torch.float32, "3f1b20c5f9d6b677"), (7, torch.bfloat16, "6acd222320afb5c2"),
+        (30_001, torch.float32, "a1bef30c867ba816"), (33_333, torch.bfloat16, "5930ac5ebb949bfe"),
+    ],
+)  # fmt: skip
+def test_checksums_are_those_of_sglangs_kernel(monkeypatch, count, dtype, expected):
+    """`gpu_tensor_hash` of SGLang 0.5.23, its Triton kernels run by Triton's interpreter."""
+    values = (torch.arange(count) % 251).to(dtype)
+    assert on_gpu(values) == expected
+    monkeypatch.setattr(sglang_checksums, "_AT_ONCE", 8192)
+    assert on_gpu(values) == expected
+
+
+def test_what_stands_in_block_fp8_is_not_compared():
+    found = comparable([("a", torch.ones(1)), ("b.weight", torch.ones(1)), ("b.weight_scale_inv", torch.ones(1)), ("c", torch.ones(1))])
+    assert [name for name, _ in found] == ["a", "c"]

@@ -112,7 +112,8 @@ def test_shards_of_trainer_ranks_reach_the_ranks_of_the_server(served, tmp_path,
         assert support.gap(support.reference(model, 100 + index, folder), samples, PLAIN) <= 1e-4
 
 
-def test_shards_that_arrive_altered_are_named_and_not_served(served, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checksums", ["all", "sampled"])
+def test_shards_that_arrive_altered_are_named_and_not_served(served, tmp_path, monkeypatch, checksums):
     server, model = served
     wrong = "model.layers.1.self_attn.o_proj.weight"
 
@@ -124,7 +125,7 @@ def test_shards_that_arrive_altered_are_named_and_not_served(served, tmp_path, m
         return found
 
     named = sglang_shards.named
-    with support.engine(server, model, tmp_path, **SHARDS) as engine:
+    with support.engine(server, model, tmp_path, **SHARDS, checksums=checksums) as engine:
         with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"tried 2 times; .*{wrong} are not the trainer's") as error:
             patch.setattr(sglang_shards, "named", altered)
             engine.sync(support.source(model, 4), version=4)

@@ -14,10 +14,10 @@ from r1mega.config.rollout import Rollout, Sglang
 from r1mega.rollout.engine import SamplingParams
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.sglang import SglangEngine
+from r1mega.rollout.sglang_checksums import on_cpu as checksum
 from r1mega.rollout.sglang_network import LOADER
 from r1mega.rollout.sglang_part import State
 from r1mega.rollout.sglang_places import Allocation
-from r1mega.rollout.sglang_sync import checksum
 from r1mega.weights.shipping import tensors
 from r1mega.weights.wire import Wire
 

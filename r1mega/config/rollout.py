@@ -74,8 +74,10 @@ class Sglang(Closed):
         False, description="send what DeepSeek's checkpoints quantise as e4m3 codes with a scale for every 128 x 128; for servers on GPUs"
     )
     bucket_bytes: int = Field(2**28, ge=1, description="bytes of weights that are gathered and sent at once")
-    checksums: Literal["all", "none"] = Field(
-        "all", description="all: after every sync compare the checksum of every parameter of a server, which CPU servers can; none: do not"
+    checksums: Literal["all", "sampled", "none"] | None = Field(
+        None,
+        description="compare checksums of parameters after every sync: all: of all; sampled: of one rank of every server, another one each "
+        "time; none: of none; null: all on a CPU, sampled on GPUs, where those in block FP8 are left out",
     )
 
     def gpus_from(self, trainer_gpus: int) -> int:

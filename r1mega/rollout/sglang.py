@@ -25,6 +25,7 @@ from r1mega.rollout.engine import Differences, Drawn, Request, Sample, SamplingP
 from r1mega.rollout.limits import check_requests, check_scorings
 from r1mega.rollout.open import Surroundings
 from r1mega.rollout.routing import check_routing
+from r1mega.rollout.sglang_checksums import checksum_on, comparable
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_memory import Memory, Part
@@ -32,7 +33,7 @@ from r1mega.rollout.sglang_network import ShardsByNetwork
 from r1mega.rollout.sglang_payload import carrier, is_here
 from r1mega.rollout.sglang_servers import Fleet, check_loader, check_model, check_wire, shards_by_network
 from r1mega.rollout.sglang_shards import Shards, ShardsByPayload
-from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport, checksum
+from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.shipping import tensors
 from r1mega.weights.source import WeightSource
@@ -139,9 +140,9 @@ class SglangEngine:
         if errors:
             return errors[0]
         error = ranks.shared(lambda: _failure(transport.end))
-        if error is None and self._sglang.checksums == "all" and self._where.platform == "cpu":
-            wanted = self._checksums(source)
-            error = ranks.shared(lambda: _failure(lambda: self._control.compare(wanted)))
+        if error is None and (looked_at := self._looked_at(version)):
+            wanted = self._checksums(source, looked_at)
+            error = ranks.shared(lambda: _failure(lambda: self._control.compare(wanted, self._where.platform == "cpu")))
         return error or ranks.shared(lambda: _failure(lambda: control.resume(version)))
 
     def _sent(self, source: WeightSource) -> str | None:
@@ -159,11 +160,9 @@ class SglangEngine:
             return error or (under_way.result() if under_way else None)
 
     def differing(self, source: WeightSource) -> Differences | None:
-        """Compare checksums of all parameters of all servers; None on GPUs, where SGLang hashes with another function."""
-        if self._where.platform != "cpu":
-            return None
-        wanted, found = self._checksums(source), dict[str, Differences]()
-        error = ranks.shared(lambda: _failure(lambda: found.update(self._control.differing(wanted))))
+        """Compare checksums of all parameters of all servers, but for those in block FP8."""
+        wanted, found = self._checksums(source, range(self._layout.tp)), dict[str, Differences]()
+        error = ranks.shared(lambda: _failure(lambda: found.update(self._control.differing(wanted, self._where.platform == "cpu"))))
         if error is not None:
             _log.warning("weights were not compared: %s", error)
             return None
@@ -171,15 +170,21 @@ class SglangEngine:
         names = dict.fromkeys(name for place in places for name in place.names)
         return Differences(tuple(names), sum(place.compared for place in places))
 
-    def _checksums(self, source: WeightSource) -> list[dict[str, str]]:
-        """On rank 0, the checksum of every parameter of each rank of a server, made of the source in the servers' own layout."""
-        wanted: list[dict[str, str]] = []
-        for engine_rank in range(self._layout.tp):
+    def _looked_at(self, version: int) -> Sequence[int]:
+        """Ranks of a server whose checksums are compared after a sync: all, or each in turn."""
+        how = self._sglang.checksums or ("all" if self._where.platform == "cpu" else "sampled")
+        return {"all": range(self._layout.tp), "sampled": [version % self._layout.tp], "none": []}[how]
+
+    def _checksums(self, source: WeightSource, engine_ranks: Sequence[int]) -> dict[int, dict[str, str]]:
+        """On rank 0, the checksum of every parameter of some ranks of a server, made of the source in the servers' own layout."""
+        wanted: dict[int, dict[str, str]] = {}
+        checksum = checksum_on(self._where.platform)
+        for engine_rank in engine_ranks:
             sums: dict[str, str] = {}
             for bucket, flat in source.params(self._layout, engine_rank, self._wire, self._sglang.bucket_bytes, 0, ranks.number()):
                 if flat is not None:
-                    sums |= {name: checksum(value) for name, value in tensors(bucket, flat)}
-            wanted.append(sums)
+                    sums |= {name: checksum(value) for name, value in comparable(tensors(bucket, flat))}
+            wanted[engine_rank] = sums
         return wanted
 
     def _revive(self) -> str:

@@ -3,7 +3,6 @@
 Nothing is served between the pause and the end of a sync that went well, so no sample is drawn from mixed weights.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from r1mega.rollout.engine import Differences
@@ -73,20 +71,24 @@ class Control:
         self.post("/begin_weight_update", {"selector": "all"})
         self.post("/end_weight_update", {})
 
-    def differing(self, wanted: Sequence[Mapping[str, str]]) -> dict[str, Differences]:
-        """What of every server is not as wanted: checksums of parameters by rank of a server. By place, for all of them."""
+    def differing(self, wanted: Mapping[int, Mapping[str, str]], whole: bool = True) -> dict[str, Differences]:
+        """What of every server is not as wanted: checksums of parameters by rank of a server. By place, for all of them.
+
+        `whole`: all that such a rank has is wanted, and nothing else.
+        """
         places = {}
         for client, answer in zip(self.clients, self.post("/weights_checker", {"action": "checksum"}), strict=True):
-            for rank, (sums, found) in enumerate(zip(wanted, answer["ranks"], strict=True)):
-                got = found["checksums"]
-                wrong = tuple(sorted(name for name in sums.keys() | got.keys() if sums.get(name) != got.get(name)))
-                where = f"{client.address}, rank {rank}" if len(wanted) > 1 else client.address
-                places[where] = Differences(wrong, len(got))
+            for rank, sums in wanted.items():
+                got = answer["ranks"][rank]["checksums"]
+                names = sums.keys() | got.keys() if whole else sums.keys()
+                wrong = tuple(sorted(name for name in names if sums.get(name) != got.get(name)))
+                where = f"{client.address}, rank {rank}" if len(answer["ranks"]) > 1 else client.address
+                places[where] = Differences(wrong, len(names))
         return places
 
-    def compare(self, wanted: Sequence[Mapping[str, str]]) -> None:
+    def compare(self, wanted: Mapping[int, Mapping[str, str]], whole: bool = True) -> None:
         """Failed, with the names of parameters that are not as wanted; see `differing`."""
-        for where, found in self.differing(wanted).items():
+        for where, found in self.differing(wanted, whole).items():
             if wrong := found.names:
                 more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
                 raise Failed(f"{where}: after the sync {', '.join(wrong[:4])}{more} are not the trainer's ({found.compared} compared)")
@@ -96,11 +98,6 @@ class Control:
         self.post("/flush_cache?timeout=60", {})
         self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         self.post("/continue_generation", {})
-
-
-def checksum(values: Tensor) -> str:
-    """As SGLang's `weights_checker` gives it of a tensor in host memory: the first 8 bytes of the SHA-256 of its bytes, in hex."""
-    return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
 def contents(bucket: Bucket) -> str:
