@@ -109,6 +109,7 @@ def test_resolved_yaml_loads_back_equal_and_is_deterministic(recipe_file: Path, 
     [
         ("stages.zero.objective.clp=3", "unknown key 'stages.zero.objective.clp'; the nearest known key is 'stages.zero.objective.clip'"),
         ("stages.zero.lr=3", "unknown key 'stages.zero.lr'; the nearest known key is 'stages.zero.optimizer.lr'"),
+        ("stages.zero.train.steps=3", "unknown key 'stages.zero.train.steps'; known keys there are "),
         ("sead=3", "unknown key 'sead'; the nearest known key is 'seed'"),
         ("stages.zero.objective.clip=x", "'stages.zero.objective.clip': expected a number, or a mapping"),
         ("stages.zero.updates=2.0", "'stages.zero.updates': expected an integer; got 2.0"),

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from slurm_support import SlurmCluster, slurm_cluster
@@ -50,8 +52,8 @@ def unbroken(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-def submit(cluster: SlurmCluster, run: Path, **changes: object) -> str:
-    """Submit the short recipe; returns Slurm's job."""
+def submit(cluster: SlurmCluster, run: Path, *overrides: str, **changes: object) -> str:
+    """Submit the short recipe, with changes of the cluster file; returns Slurm's job."""
     file = run.parent / "cluster.yaml"
     executor = {"kind": "slurm", "account": "lab", "partition": "batch", "gpus": "none", "exclusive": True, "retries": 20}
     whole = {
@@ -63,7 +65,7 @@ def submit(cluster: SlurmCluster, run: Path, **changes: object) -> str:
         **changes,
     }
     file.write_text(yaml.safe_dump(whole))
-    done = command(cluster, "submit", ROOT / "configs/tiny/r1_zero.yaml", *SHORT, "--cluster", file, "-o", run)
+    done = command(cluster, "submit", ROOT / "configs/tiny/r1_zero.yaml", *SHORT, *overrides, "--cluster", file, "-o", run)
     assert done.returncode == 0, done.stderr
     made = Submission.read(run)
     assert made is not None and f"job {made.jobs['zero']}" in done.stdout
@@ -141,6 +143,29 @@ def test_a_time_limit_saves_and_requeues(cluster: SlurmCluster, unbroken: Path, 
     assert updates(run) == list(range(1, 11))
     assert "stopped" in outcomes(run) and outcomes(run)[-1] == "finished"
     assert weights(run) == weights(unbroken)
+
+
+def test_a_rank_that_hangs_is_named_and_the_job_requeued(cluster: SlurmCluster, unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    phases = ("generate", "judge", "logprobs", "train", "sync", "save")
+    job = submit(cluster, run, *(f"run.deadlines.{phase}={15 * PATIENCE}" for phase in phases))
+    cluster.wait(lambda: len(updates(run)) >= 3, PATIENCE_S)
+    rank_of(run, 1).suspend()
+    cluster.wait(lambda: cluster.states(job)[-1] == "COMPLETED", PATIENCE_S)
+    assert outcomes(run) == ["hung", "finished"]
+    assert re.search(r"hang: rank 1 has been in \w+ .*: it is stopped by a signal", log_of(cluster, run))
+    assert updates(run) == list(range(1, 11))
+    assert weights(run) == weights(unbroken)
+
+
+def rank_of(run: Path, number: int) -> psutil.Process:
+    """The process of a rank, not what it has started."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("RANK") == str(number) and str(run) in process.cmdline():
+                found.append(process)
+    return min(found, key=psutil.Process.create_time)
 
 
 def log_of(cluster: SlurmCluster, run: Path) -> str:

@@ -43,9 +43,11 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
-def start(recipe: Path, stage: str, *arguments: str, slurm: tuple[int, int, int] | None = None) -> subprocess.Popen[str]:
-    """`slurm`: node, nodes and restart of a step's task."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+def start(
+    recipe: Path, stage: str, *arguments: str, slurm: tuple[int, int, int] | None = None, modules: Path = TESTS
+) -> subprocess.Popen[str]:
+    """`slurm`: node, nodes and restart of a step's task. `modules`: a folder with some that stand in for installed ones."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(modules)])}
     if slurm:
         node, count, restart = map(str, slurm)
         environment |= {"SLURM_STEP_NUM_NODES": count, "SLURM_NODEID": node, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}

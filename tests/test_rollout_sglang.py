@@ -220,18 +220,19 @@ def wanted(model: Path, seed: int) -> dict[str, str]:
     return {name: checksum(value) for bucket, flat in found for name, value in tensors(bucket, flat)}
 
 
-DENSE = [{"tp": 2}, {"pp": 2}, {}]
-MOE = [{"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}, {}]
+# By number of trainer ranks.
+DENSE = {2: [{"tp": 2}, {"pp": 2}, {}], 4: [{"tp": 2, "pp": 2}]}
+MOE = {2: [{"tp": 2, "ep": 2}, {"pp": 2}, {"ep": 2}, {}], 4: [{"tp": 2, "pp": 2, "ep": 2}]}
 
 
-@pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
-def test_shards_of_two_ranks_reach_the_server(served, tmp_path, transport):
+@pytest.mark.parametrize(("transport", "ranks"), [("tensor", 2), ("distributed", 2), ("disk", 2), ("tensor", 4)])
+def test_shards_of_all_ranks_reach_the_server(served, tmp_path, transport, ranks):
     server, model = served
-    layouts = MOE if "base" in model.name else DENSE
+    layouts = (MOE if "base" in model.name else DENSE)[ranks]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     settings = support.settings(server, transport=transport, bucket_bytes=50_000).model_dump_json()
-    mp.spawn(sglang_ranks.work, (2, store.port, tmp_path, model, settings, layouts), nprocs=2)
-    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    mp.spawn(sglang_ranks.work, (ranks, store.port, tmp_path, model, settings, layouts), nprocs=ranks)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     for index in range(len(layouts)):
         folder = tmp_path / f"reference-{index}"
         folder.mkdir()

@@ -91,7 +91,7 @@ def test_a_layout_that_does_not_fit_is_one_line(tmp_path):
         ("ranks: 96\nlayout: {tp: 8, pp: 4, ep: 32}", "etp x ep x pp = 128 does not divide the 96 ranks"),
         ("ranks: 100\nlayout: {tp: 8}", "tp x cp x pp = 8 does not divide the 100 ranks"),
         ("ranks: 8\nlayout: {tp: 8, eep: 1}", "unknown key 'layout.eep'; the nearest known key is 'layout.ep'"),
-        ("world: 8\nlayout: {tp: 8}", "unknown key 'world'; the nearest known key is 'model'"),
+        ("world: 8\nlayout: {tp: 8}", "unknown key 'world'; known keys there are model, "),
         ("ranks: 0\nlayout: {}", "'ranks': expected greater than or equal to 1; got 0"),
         ("ranks: 8", "missing key 'layout'"),
     ]:

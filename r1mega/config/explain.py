@@ -46,9 +46,9 @@ def explain(path: str) -> str:
     for depth, step in enumerate(steps):
         below = [found for spot in spots for found in _below(spot, step)]
         if not below:
-            above = path.split(".")[: len(path.split(".")) - len(steps) + depth]
-            near = next((tree.nearest(step, spot.annotation) for spot in spots if tree.classes(spot.annotation)), None)
-            fix = f"the nearest known key is '{'.'.join([*above, near])}'" if near else f"'{'.'.join(above)}' has no keys below it"
+            above = ".".join(path.split(".")[: len(path.split(".")) - len(steps) + depth])
+            fixes = [tree.known_instead(step, spot.annotation, above) for spot in spots if tree.classes(spot.annotation)]
+            fix = fixes[0] if fixes else f"'{above}' has no keys below it"
             raise UserError(f"no key '{path}'; {fix}")
         spots = below
     texts = [_describe(path, spot) for spot in spots]

@@ -236,8 +236,7 @@ def _describe(cls: type[Closed], error: ErrorDetails) -> tuple[str, str]:
     match error["type"]:
         case "extra_forbidden":
             above = path.rpartition(".")[0]
-            near = tree.nearest(path.rpartition(".")[2], annotation)
-            return path, f"unknown key {shown}; the nearest known key is '{f'{above}.' if above else ''}{near}'"
+            return path, f"unknown key {shown}; {tree.known_instead(path.rpartition('.')[2], annotation, above)}"
         case "missing":
             return path, f"missing key {shown}"
         case "union_tag_not_found":

@@ -10,6 +10,9 @@ from r1mega.config.base import Closed, FunctionMark, PathMark
 M = TypeVar("M", PathMark, FunctionMark)
 C = TypeVar("C", bound=Closed)
 
+_ALIKE = 0.5
+"""A known key less like the wrong one is no guess."""
+
 
 def alternatives(annotation: Any) -> list[Any]:
     """The types an annotation allows, without `Annotated`, `Optional` and `Union`."""
@@ -124,18 +127,28 @@ def paths_below(annotation: Any, prefix: str = "") -> Iterator[str]:
             yield from paths_below(field.annotation, f"{prefix}{name}.")
 
 
-def nearest(key: str, annotation: Any) -> str:
-    """The known key path below an annotation that a wrong key most likely meant."""
+def known_instead(key: str, annotation: Any, above: str) -> str:
+    """In words, the known key below an annotation that a wrong key most likely meant; all of them where none is like it.
+
+    Args:
+        above: path of what is annotated; empty for the whole file.
+    """
     paths = list(dict.fromkeys(paths_below(annotation)))
     deeper = [path for path in paths if path.rpartition(".")[2] == key]
-    if deeper:
-        return min(deeper, key=lambda path: path.count("."))
-    return nearest_of(key, [path for path in paths if "." not in path])
+    near = min(deeper, key=lambda path: path.count(".")) if deeper else nearest_of(key, keys(annotation))
+    if not deeper and likeness(key, near) < _ALIKE:
+        return f"known keys there are {', '.join(keys(annotation))}"
+    return f"the nearest known key is '{f'{above}.' if above else ''}{near}'"
 
 
 def nearest_of(word: str, known: Sequence[str]) -> str:
     """The known word that a wrong one most likely meant."""
-    return max(known, key=lambda one: difflib.SequenceMatcher(None, word, one).ratio())
+    return max(known, key=lambda one: likeness(word, one))
+
+
+def likeness(word: str, other: str) -> float:
+    """Between 0 and 1; upper and lower case are one."""
+    return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio()
 
 
 def keys(annotation: Any) -> list[str]:

@@ -28,6 +28,7 @@ from r1mega.config.schema import Recipe
 from r1mega.config.stages import Evaluate, Rejection
 from r1mega.config.tree import marked
 from r1mega.errors import UserError
+from r1mega.pipeline.node_health import sick_gpus
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.rewards.sandbox import find_sandbox
 
@@ -60,7 +61,7 @@ def examine(recipe_path: Path | None, overrides: Sequence[str], quick: bool) -> 
     recipe = load_recipe(recipe_path, overrides, inputs=False) if recipe_path else None
     cuda = recipe is not None and recipe.run.platform == "cuda"
     found = [_python(), *_core(), *_devices(recipe), _transformer_engine(cuda), _apex(), _deep_ep(recipe)]
-    found += [_sglang(recipe), _nemo_run(), _sandbox(recipe), _slurm(), _container()]
+    found += [_sglang(recipe), _nemo_run(), _resiliency(), _sandbox(recipe), _slurm(), _container()]
     if not quick and all(finding.state == "ok" for finding in found if finding.needed):
         found.append(_two_ranks("cuda" if cuda else "cpu"))
     if recipe_path is not None:
@@ -200,13 +201,24 @@ def _sglang(recipe: Recipe | None) -> Finding:
 
 
 def _nemo_run() -> Finding:
-    asked = requirements("cluster")
+    asked = [one for one in requirements("cluster") if one.name != "nvidia-resiliency-ext"]
     wrong = [(one, *_installed(one)) for one in asked if _installed(one)[0] != "ok"]
     fix = "pip install 'r1mega[cluster]'"
     costs = "no r1mega submit; r1mega run and the scripts of others work"
     if wrong:
         return Finding("NeMo-Run", wrong[0][1], f"{wrong[0][0].name}: {wrong[0][2]}", False, costs, fix)
     return Finding("NeMo-Run", "ok", metadata.version("nemo-run"), False)
+
+
+def _resiliency() -> Finding:
+    asked = next((one for one in requirements("cluster") if one.name == "nvidia-resiliency-ext"), None)
+    if asked is None:
+        return Finding("resiliency", "missing", "nvidia-resiliency-ext has no release for this platform and Python", False)
+    state, found = _installed(asked)
+    sick = sick_gpus() if state == "ok" else ""
+    costs = "GPUs that must be reset are not told before ranks start on them"
+    fix = "drain this node and reset them" if sick else f"pip install '{asked.name}{asked.specifier}'"
+    return Finding("resiliency", "wrong" if sick else state, sick or found, bool(sick), costs, fix)
 
 
 # ------------------------------------------------------------ the system

@@ -13,6 +13,11 @@ def number() -> int:
     return dist.get_rank()
 
 
+def count() -> int:
+    """How many there are."""
+    return dist.get_world_size()
+
+
 def shared(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, on every rank. An exception of rank 0 is its own; the launcher then ends the others."""
     box: list[T | None] = [make() if dist.get_rank() == 0 else None]
@@ -50,6 +55,11 @@ def gathered(item: T) -> list[T]:
     if dist.get_world_size() > 1:
         dist.all_gather_object(found, item)
     return found
+
+
+def first(item: T | None) -> T | None:
+    """The item of the first rank that has one, on every rank; None where none has."""
+    return next((one for one in gathered(item) if one is not None), None)
 
 
 def every(flag: bool) -> bool:

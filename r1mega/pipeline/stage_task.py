@@ -1,6 +1,7 @@
 """`r1mega run --stage`: one stage on one machine, or as this node's part of a job on several. Every node makes the same call."""
 
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from r1mega.errors import UserError
 from r1mega.pipeline import nodes
 from r1mega.pipeline.hangs import HUNG, Watch
 from r1mega.pipeline.launcher import RANK, WORKER, Ranks, Saving, explain_failure, first_refusal
+from r1mega.pipeline.node_health import sick_gpus
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, joined
 from r1mega.rollout.sglang_keeper import ENGINE, LOOK_S, Keeper
@@ -44,7 +46,8 @@ def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None,
     `run.ranks` is the number of ranks on all nodes. SIGUSR1, and in a Slurm step SIGTERM, ask the ranks to save and leave.
 
     Returns:
-        Exit code as `run`, `HUNG` where all restarts in place are used up; 128 + N also when the stage was saved and left after signal N.
+        Exit code as `run`, `HUNG` where all restarts in place are used up and where this node has GPUs that are not to be relied on;
+        128 + N also when the stage was saved and left after signal N.
 
     Raises:
         UserError: as `run`; or there is no such stage, what it reads is not finished, the ranks do not divide over the nodes.
@@ -88,6 +91,8 @@ class _StageTask:
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         try:
             self._check()
+            if reason := self._sick():
+                return HUNG
             code = 0 if name in directory.finished() else self._run(nodes.open_meeting(self._logs), locks)
             if code > 128:
                 outcome, reason = "stopped", _signal_name(code)
@@ -110,6 +115,8 @@ class _StageTask:
         """Any other node. A stage that is finished already opens no meeting."""
         if self._alone.stage in self._directory.finished():
             return 0
+        if self._sick():
+            return HUNG
         before = signal.signal(signal.SIGTERM, self._leave)
         meeting = nodes.find_meeting(self._logs)
         signal.signal(signal.SIGTERM, before)
@@ -122,6 +129,8 @@ class _StageTask:
             # Ranks that save may still draw; Slurm ends this node when the first one is gone.
             signal.signal(sign, lambda number, frame: heard.append(time.monotonic()))
         finished = self._alone.stage in self._directory.finished()
+        if not finished and self._sick():
+            return HUNG
         keeper: Keeper | None = None
         with ExitStack() as stack:
             while not finished and nodes.outcome(self._logs) is None:
@@ -142,6 +151,14 @@ class _StageTask:
         """Slurm ends this node because the first one is gone. If that was refused, so is this: the job is not worth another attempt."""
         refused = nodes.outcome(self._logs) == "refused"
         raise SystemExit(2 if refused else 128 + number)
+
+    def _sick(self) -> str:
+        """Why this node's GPUs are not to be relied on, which is said in one line: the job then ends for another attempt."""
+        why = sick_gpus() if self._directory.recipe.run.platform == "cuda" else ""
+        if why:
+            advice = "nothing was started here; drain the node, the job goes back into the queue"
+            print(f"{self._alone.stage}: {socket.gethostname()}: {why} (nvidia-resiliency-ext); {advice}", file=sys.stderr)
+        return why
 
     def _check(self) -> None:
         recipe, name = self._directory.recipe, self._alone.stage

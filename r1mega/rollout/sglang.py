@@ -28,7 +28,7 @@ from r1mega.rollout.routing import check_routing
 from r1mega.rollout.sglang_checksums import checksum_on, comparable
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
 from r1mega.rollout.sglang_group import ByBroadcast
-from r1mega.rollout.sglang_memory import Memory, Part
+from r1mega.rollout.sglang_memory import Memory, Region
 from r1mega.rollout.sglang_network import ShardsByNetwork
 from r1mega.rollout.sglang_payload import carrier, is_here
 from r1mega.rollout.sglang_servers import Fleet, check_loader, check_model, check_wire, shards_by_network
@@ -136,9 +136,9 @@ class SglangEngine:
         error = self._resumed("weights") or ranks.shared(lambda: _failure(control.pause, transport.begin))
         if error is not None:
             return error
-        errors = [error for error in ranks.gathered(self._sent(source)) if error is not None]
-        if errors:
-            return errors[0]
+        error = ranks.first(self._sent(source))
+        if error is not None:
+            return error
         error = ranks.shared(lambda: _failure(transport.end))
         if error is None and (looked_at := self._looked_at(version)):
             wanted = self._checksums(source, looked_at)
@@ -250,11 +250,11 @@ class SglangEngine:
                     found[place] = future.result()
                 except Unanswered as lost:
                     error = str(lost)
-            errors = [error for error in ranks.gathered(error) if error is not None]
-            if not errors:
+            error = ranks.first(error)
+            if error is None:
                 return [found[place] for place in range(len(calls))]
-            _log.warning("asking again what was lost with a server: %s", errors[0])
-            why = self._revive() or errors[0]
+            _log.warning("asking again what was lost with a server: %s", error)
+            why = self._revive() or error
             self.sync(source, self._version)
             places = [place for place in places if place not in found]
             pending = [self._pool.submit(calls[place]) for place in places]
@@ -355,9 +355,9 @@ class SglangEngine:
             self._revive()
         raise UserError(f"the SGLang servers do not give back their memory, tried {self._sglang.retries + 1} times; the last time: {error}")
 
-    def _resumed(self, part: Part) -> str | None:
-        """Let servers have a part of their memory again; what went wrong, the same on every rank."""
-        return ranks.shared(lambda: _failure(lambda: self._memory.resume(self._control, part))) if self.colocated else None
+    def _resumed(self, region: Region) -> str | None:
+        """Let servers have a region of their memory again; what went wrong, the same on every rank."""
+        return ranks.shared(lambda: _failure(lambda: self._memory.resume(self._control, region))) if self.colocated else None
 
     def close(self) -> None:
         """End the servers that were started."""

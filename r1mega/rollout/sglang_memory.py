@@ -9,14 +9,14 @@ from typing import Literal
 from r1mega.rollout.sglang_client import Client
 from r1mega.rollout.sglang_sync import Control
 
-Part = Literal["weights", "kv_cache"]
+Region = Literal["weights", "kv_cache"]
 
 
 class Memory:
     """Which server has given back what. It lives on rank 0, as the servers do; a server that replaces another has all of its own."""
 
     def __init__(self) -> None:
-        self._released: dict[str, set[Part]] = defaultdict(set)
+        self._released: dict[str, set[Region]] = defaultdict(set)
 
     def release(self, control: Control) -> None:
         """Pause the servers and take their weights and caches from them. Failed where one does not answer."""
@@ -25,19 +25,19 @@ class Memory:
         control.post("/flush_cache?timeout=60", {})
         control.each(lambda client: self._release(control, client))
 
-    def resume(self, control: Control, part: Part) -> None:
-        """Have a part again, filled with nothing in particular. Servers that have it are left alone."""
-        control.each(lambda client: self._resume(control, client, part))
+    def resume(self, control: Control, region: Region) -> None:
+        """Have a region again, filled with nothing in particular. Servers that have it are left alone."""
+        control.each(lambda client: self._resume(control, client, region))
 
     def _release(self, control: Control, client: Client) -> None:
         held = self._released[client.address]
-        parts: list[Part] = [part for part in ("kv_cache", "weights") if part not in held]
-        if parts:
-            client.post("/release_memory_occupation", {"tags": parts}, control.timeout_s)
-            held.update(parts)
+        regions: list[Region] = [region for region in ("kv_cache", "weights") if region not in held]
+        if regions:
+            client.post("/release_memory_occupation", {"tags": regions}, control.timeout_s)
+            held.update(regions)
 
-    def _resume(self, control: Control, client: Client, part: Part) -> None:
+    def _resume(self, control: Control, client: Client, region: Region) -> None:
         held = self._released[client.address]
-        if part in held:
-            client.post("/resume_memory_occupation", {"tags": [part]}, control.timeout_s)
-            held.discard(part)
+        if region in held:
+            client.post("/resume_memory_occupation", {"tags": [region]}, control.timeout_s)
+            held.discard(region)

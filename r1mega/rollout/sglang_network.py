@@ -89,8 +89,8 @@ class ShardsByNetwork(Shards[Announced]):
 
     def _joined(self) -> str | None:
         """Form the group; why that failed, on every rank the same."""
-        control, world = self.control, len(ranks.gathered(None))
-        meeting = ranks.shared(lambda: Meeting.with_servers(control, self.layout.tp, self._backend, world))
+        control = self.control
+        meeting = ranks.shared(lambda: Meeting.with_servers(control, self.layout.tp, self._backend, ranks.count()))
         error: str | None = None
         with ThreadPoolExecutor(1) as thread:
             asked = ranks.on_first(lambda: thread.submit(control.post_each, "/init_weights_update_group", meeting.invitations))
@@ -101,7 +101,7 @@ class ShardsByNetwork(Shards[Announced]):
             except Failed as failed:
                 error = str(failed)
         self._meeting = meeting
-        return next((one for one in ranks.gathered(error) if one is not None), None)
+        return ranks.first(error)
 
     def close(self) -> None:
         """Leave the group; servers that are still there are told to."""

@@ -57,7 +57,7 @@ class Shards(ABC, Generic[Given]):
                     given = [mine, *(one for one, _ in told[1:] if one is not None)]
                     under_way = thread.submit(self._load, self.payloads(bucket, given), f"parameters {contents(bucket)}")
             error = (under_way.result() if under_way else None) or lost
-            return next((error for error in ranks.gathered(error) if error is not None), None)
+            return ranks.first(error)
 
     @abstractmethod
     def rounds(self, source: WeightSource, wire: Wire, limit: int) -> Iterator[tuple[Bucket, Given]]:
