@@ -13,20 +13,10 @@ ROOT = Path(__file__).parents[1]
 V3 = Architecture.from_hf(json.loads((ROOT / "configs/deepseek_v3/config.json").read_text()))
 ROWS = rows(V3)
 
-OUTSIDE = {
-    "256 B200: 557 MXFP8, 25.11",
-    "256 B200: 864 MXFP8, 26.04",
-    "256 B300: 776 MXFP8, 26.02",
-}
-"""Rows that miss their bound; docs/planner.md says why. None of them are H100, GB200 or GB300."""
-
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.group}: {row.name}")
 def test_published_figures(row: Row) -> None:
-    if row.name in OUTSIDE:
-        assert not row.holds, f"{row.name} holds now ({row.error:+.1%}): take it off the list"
-    else:
-        assert row.holds, f"{row.name}: {row.error:+.1%}"
+    assert row.holds, f"{row.name}: {row.error:+.1%}"
 
 
 def test_what_was_not_fitted_is_the_larger_part() -> None:

@@ -82,12 +82,12 @@ def layer_seconds(
     experts = 0.0
     if moe and arch.moe is not None:
         experts = 2 * expert_seconds(arch, layout, how, device, constants, tokens) * passes
-        experts *= 1 - constants.overlap if how.ep_overlap else 1
+        experts *= 1 - constants.overlap[device.generation] if how.ep_overlap else 1
     over_tp = how.tokens / layout.cp
     # The backward of sequence parallelism gathers the inputs once more for the weights' gradients.
     tensor = tensor_parallel_seconds(arch, layout, device, constants, over_tp, moe) * ((2.5 + full) if training else 1)
     tensor += context_parallel_seconds(arch, layout, device, constants, tokens) * ((3 + full) if training else 1)
-    return Seconds(gemm, attention, memory, constants.host_s[how.graphs] * passes / 2, experts, tensor)
+    return Seconds(gemm, attention, memory, constants.host_s[device.generation][how.graphs] * passes / 2, experts, tensor)
 
 
 def head_seconds(

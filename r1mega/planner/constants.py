@@ -17,11 +17,16 @@ class Constants:
     """In FP8, whatever the recipe, quantisation included. Fitted as above."""
     ultra: float = 1.25
     """Rate of B300 and GB300 over B200 and GB200, whose data sheets say the same peaks, but more power. Fitted as above."""
-    host_s: dict[str, float] = field(default_factory=lambda: {"none": 5.2e-3, "partial": 2.8e-3, "full": 0.0})
-    """Seconds of a layer, forward and backward of one micro-batch, in which the GPU waits for the host, by what CUDA graphs cover.
-    Fitted as above; full: none are left."""
-    overlap: float = 0.41
-    """Share of the experts' traffic that `ep_overlap` saves, net of the SMs that it takes. Fitted as above."""
+    host_s: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {
+            "hopper": {"none": 5.2e-3, "partial": 2.8e-3, "full": 0.0},
+            "blackwell": {"none": 7.5e-3, "partial": 2.8e-3, "full": 0.0},
+        }
+    )
+    """Seconds of a layer, forward and backward of one micro-batch, in which the GPU waits for the host, by what CUDA graphs cover. Fitted
+    as above, but for Blackwell without graphs: on B200 699 alone, as the faster GPU waits longer. full: none are left."""
+    overlap: dict[str, float] = field(default_factory=lambda: {"hopper": 0.41, "blackwell": 0.55})
+    """Share of the experts' traffic that `ep_overlap` saves, net of the SMs that it takes. Fitted: H100 350; GB300 1,635."""
     attention: float = 0.55
     """Attention core in bf16, forward and backward together. Not fitted: of an H100's 989 TFLOP/s FlashAttention-3 reaches 579
     forward, causal, and 542 backward, not causal, with heads of 128 at 4,096 tokens (arXiv 2407.08608, figures 5 and 6): 0.56 together, a
