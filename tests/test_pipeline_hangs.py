@@ -19,6 +19,7 @@ from r1mega.config.deadlines import Deadlines
 from r1mega.launch.status import status as told
 from r1mega.pipeline.hangs import HUNG, Seen, Watch, blame
 
+pytestmark = pytest.mark.slow
 COLLECTIVE = "training.py:50 in stop_asked"
 WAITS = Seen(0, "train", 40.0, 60.0, 7, at=COLLECTIVE, waits=True)
 SIGSTOP = "description=stop once on rank 1"

@@ -13,6 +13,7 @@ from r1mega.pipeline.hangs import HUNG
 from r1mega.pipeline.node_health import sick_gpus
 from r1mega.pipeline.nodes import attempts
 
+pytestmark = pytest.mark.slow
 DRIVER = """
 class NVMLError(Exception):
     pass

@@ -23,6 +23,7 @@ from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import claimed, joined
 from r1mega.process import die_with_parent
 
+pytestmark = pytest.mark.slow
 DRIVER = """
 import functools, sys
 from r1mega import cli

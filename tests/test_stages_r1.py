@@ -158,10 +158,15 @@ def test_what_was_sampled_is_correct_readable_and_counted(tmp_path: Path) -> Non
 
 
 REWRITER = """
+import time
 from pathlib import Path
 
 def louder(prompt, response):
     marker = Path(__file__).with_name("failed")
+    if not marker.exists():
+        marker.touch()
+        time.sleep(100)
+    marker = Path(__file__).with_name("failed again")
     if not marker.exists():
         marker.touch()
         raise LookupError("no louder word")
@@ -174,9 +179,9 @@ def test_what_is_kept_may_be_rewritten_and_what_cannot_be_is_counted(tmp_path: P
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     changes = ["stages.samples.rewrite=rewriter:louder", "stages.samples.prompts.limit=20"]
-    with pytest.raises(UserError, match=r"0.6% of the samples could not be rewritten, .* first reason: LookupError: no louder word \(rew"):
-        run(tmp_path / "strict", *changes, "stages.samples.not_judged_limit=0", until="samples")
-    (tmp_path / "failed").unlink()
+    with pytest.raises(UserError, match=r"1.2% of the samples could not be rewritten, .* first reason: no verdict within 3 s"):
+        run(tmp_path / "strict", *changes, "stages.samples.not_judged_limit=0", "stages.samples.deadline_s=3", until="samples")
+    (tmp_path / "failed again").unlink()
     stage = run(tmp_path / "run", *changes, until="samples")
     counts = json.loads((stage / "provenance.json").read_text())["metrics"]
     rows = [json.loads(line) for line in (stage / "artifact/data.jsonl").read_text().splitlines()]

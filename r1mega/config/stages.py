@@ -222,6 +222,9 @@ class Rejection(StageBase):
     rewrite: RewriteFunction | None = Field(
         None, description="import path of `f(prompt, response) -> str | None`, the response as it is to be learned; None drops it"
     )
+    deadline_s: float = Field(
+        10.0, gt=0, description="seconds for one call of judge, rewrite or filters.language; then its process is killed, without an answer"
+    )
     near_duplicates: float | None = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of 5-word shingles from which the later sample is dropped; null: all are kept"
     )

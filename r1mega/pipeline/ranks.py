@@ -57,6 +57,18 @@ def gathered(item: T) -> list[T]:
     return found
 
 
+def to_first(item: T) -> list[T] | None:
+    """Every rank's item, in the order of the ranks, on rank 0, whose own is not copied; None on the others."""
+    if dist.get_rank() != 0:
+        dist.gather_object(item, dst=0)
+        return None
+    found: list[T | None] = [None] * dist.get_world_size()
+    if len(found) > 1:
+        dist.gather_object(None, found, dst=0)
+    found[0] = item
+    return found  # type: ignore[return-value]
+
+
 def first(item: T | None) -> T | None:
     """The item of the first rank that has one, on every rank; None where none has."""
     return next((one for one in gathered(item) if one is not None), None)

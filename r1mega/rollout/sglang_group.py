@@ -92,6 +92,12 @@ def leave(control: Control | None, name: str, group: Any) -> None:
     dist.destroy_process_group(group)
 
 
+def abandon(group: Any) -> None:
+    """Give up a group in which others may be gone, with what is under way: NCCL would end this process when that exceeds its time."""
+    with suppress(RuntimeError):
+        c10d._abort_process_group(group)
+
+
 class ByBroadcast:
     """A process group of rank 0 of the trainer and every rank of every server; it lasts until a sync fails in it."""
 
@@ -155,7 +161,9 @@ class ByBroadcast:
         errors = [error for error in (future.exception() for future in asked) if error is not None]
         if not errors:
             return
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None:
+            abandon(group)
         if isinstance(errors[0], Unanswered | Refused):
             raise Failed(str(errors[0]))
         raise errors[0]

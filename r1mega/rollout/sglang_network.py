@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.pipeline import ranks
-from r1mega.rollout.sglang_group import Meeting, leave
+from r1mega.rollout.sglang_group import Meeting, abandon, leave
 from r1mega.rollout.sglang_payload import InBytes
 from r1mega.rollout.sglang_shards import Shards
 from r1mega.rollout.sglang_sync import Control, Failed
@@ -52,7 +52,9 @@ class ShardsByNetwork(Shards[Announced]):
         error = error or super().send(source, wire, limit)
         if error is not None:
             # Servers may wait in it for what never comes, and are lost then: another one is made with those that follow.
-            self._group, self._packed, self._under_way = None, [], []
+            group, self._group, self._packed, self._under_way = self._group, None, [], []
+            if group is not None:
+                abandon(group)
         return error
 
     def rounds(self, source: WeightSource, wire: Wire, limit: int) -> Iterator[tuple[Bucket, Announced]]:

@@ -42,19 +42,17 @@ class Shards(ABC, Generic[Given]):
         Args:
             limit: bytes of a round, of all ranks of a server together.
         """
-        me = ranks.number()
         under_way: Future[str | None] | None = None
         lost: str | None = None
         with ThreadPoolExecutor(1) as thread:
             for bucket, mine in self.rounds(source, wire, limit):
-                error = (under_way.result() if under_way else None) or lost
                 # After this every rank may write over what the round before last has left.
-                told = ranks.gathered((None if me == 0 else mine, error))
-                if errors := [error for _, error in told if error is not None]:
-                    return errors[0]
+                error = ranks.first((under_way.result() if under_way else None) or lost)
+                if error is not None:
+                    return error
+                given = ranks.to_first(mine)
                 lost = self.go()
-                if me == 0:
-                    given = [mine, *(one for one, _ in told[1:] if one is not None)]
+                if given is not None:
                     under_way = thread.submit(self._load, self.payloads(bucket, given), f"parameters {contents(bucket)}")
             error = (under_way.result() if under_way else None) or lost
             return ranks.first(error)

@@ -150,7 +150,7 @@ class _Sampler:
         self.referee = open_endpoint(stage.judge_endpoint, _OPINION) if stage.judge_endpoint else None
         # Whatever a user's function may do, it does in a process that can be killed.
         functions = {"judge": stage.judge, "language": stage.filters.language, "rewrite": stage.rewrite}
-        rewards = {name: Reward(function=path) for name, path in functions.items() if path is not None}
+        rewards = {name: Reward(function=path, deadline_s=stage.deadline_s) for name, path in functions.items() if path is not None}
         self.judge = stack.enter_context(Judge(rewards, ctx.recipe.run.judges, texts={"rewrite": 2}))
 
     def sample(self, questions: Sequence[Question], index: int) -> _Done:
