@@ -43,7 +43,8 @@ FOUR = [
 ]
 CASES = {
     2: [
-        *(Case("v3", layout, train) for layout in TWO for train in ({}, MTP)),
+        *(Case("v3", layout, MTP) for layout in TWO),
+        *(Case("v3", layout) for layout in ({"tp": 2, "ep": 2}, {"pp": 2, "vpp": 2}, {"cp": 2})),
         *(Case(model, layout) for model in ("moonlight", "v2") for layout in ({"ep": 2}, {"pp": 2}, {"tp": 2, "ep": 2})),
         *(Case(model, {"cp": 2, "ep": 2}) for model in ("moonlight", "v2")),
         *(Case(model, layout) for model in ("qwen", "llama") for layout in ({"tp": 2}, {"pp": 2}, {"cp": 2})),
@@ -60,7 +61,8 @@ CASES = {
         Case("v2", {"tp": 2, "ep": 2}, replay=True),
     ],
     4: [
-        *(Case("v3", layout, train) for layout in FOUR for train in ({}, MTP)),
+        *(Case("v3", layout, MTP) for layout in FOUR),
+        *(Case("v3", layout) for layout in ({"tp": 2, "pp": 2, "ep": 2}, {"pp": 4})),
         *(Case(model, {"tp": 2, "pp": 2, "ep": 2}) for model in ("moonlight", "v2")),
         *(Case(model, layout) for model in ("qwen", "llama") for layout in ({"tp": 2, "pp": 2}, {"tp": 2, "cp": 2})),
         Case("v3", {"cp": 2, "tp": 2, "ep": 2}, BALANCE, even=True),

@@ -1,6 +1,7 @@
 """GPUs of a node before ranks start on it, as NVIDIA's nvidia-resiliency-ext finds them, where that is installed."""
 
 import logging
+import warnings
 
 
 def sick_gpus() -> str:
@@ -16,7 +17,9 @@ def sick_gpus() -> str:
     log = logging.getLogger(GPUHealthCheck.__module__)
     log.addHandler(said)
     try:
-        check = GPUHealthCheck()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of pynvml, about its own name
+            check = GPUHealthCheck()
         said.lines.clear()
         return "" if check() else " ".join(said.lines) or "the check of its GPUs fails and says nothing"
     finally:
