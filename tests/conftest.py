@@ -23,12 +23,9 @@ _LONG = ("slow", "sglang", "lane")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files with long tests first, and Slurm's, which mostly wait, before these: in the end a long file would keep one worker alone.
-    places = {item.path: 2 for item in items}
-    for item in items:
-        place = 0 if "slurm" in item.keywords else 1 if any(mark in item.keywords for mark in _LONG) else 2
-        places[item.path] = min(places[item.path], place)
-    items.sort(key=lambda item: places[item.path])
+    # Files with long tests first: in the end one would keep a worker busy while all others have nothing to do.
+    long = {item.path for item in items if any(mark in item.keywords for mark in _LONG)}
+    items.sort(key=lambda item: item.path not in long)
     if torch.cuda.is_available():
         return
     for item in items:

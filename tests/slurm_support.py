@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from r1mega.process import die_with_parent
+
 _SLURM_CONF = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -174,7 +176,13 @@ class SlurmCluster:
     def _daemon(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _runs(self, *command: str) -> bool:
