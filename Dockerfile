@@ -47,7 +47,10 @@ ARG MEGATRON_CORE=0.19.2
 ARG TRANSFORMERS=5.23.0
 ARG NEMO_RUN=0.11.1
 ARG LEPTONAI=0.27.0
+# Its dependency pynvml makes torch warn in every process; nvidia-ml-py brings the same module.
 ARG RESILIENCY=0.4.1
+ARG NVIDIA_ML_PY=13.615.71
+ARG DEFUSEDXML=0.7.1
 COPY --from=wheels /wheels /tmp/wheels
 COPY . /opt/src/r1mega
 # `--system-site-packages` shows the base's torch; its constraints keep pip from replacing that, and name an older transformers.
@@ -55,8 +58,9 @@ RUN python3 -m venv --system-site-packages /opt/r1mega \
     && { grep --ignore-case --invert-match "^transformers" "${PIP_CONSTRAINT:-/dev/null}" || true; } >/tmp/constraints.txt \
     && PIP_CONSTRAINT=/tmp/constraints.txt /opt/r1mega/bin/pip install --no-cache-dir \
     /tmp/wheels/*.whl "megatron-core==${MEGATRON_CORE}" "transformers==${TRANSFORMERS}" "nemo-run==${NEMO_RUN}" "leptonai==${LEPTONAI}" \
-    "nvidia-resiliency-ext==${RESILIENCY}" \
     -e "/opt/src/r1mega[cluster,report,endpoint]" \
+    && /opt/r1mega/bin/pip install --no-cache-dir --no-deps \
+    "nvidia-resiliency-ext==${RESILIENCY}" "nvidia-ml-py==${NVIDIA_ML_PY}" "defusedxml==${DEFUSEDXML}" \
     && ln -s /opt/sglang /opt/src/r1mega/.venv-sglang \
     && rm -rf /tmp/wheels /tmp/constraints.txt
 

@@ -201,7 +201,7 @@ def _sglang(recipe: Recipe | None) -> Finding:
 
 
 def _nemo_run() -> Finding:
-    asked = [one for one in requirements("cluster") if one.name != "nvidia-resiliency-ext"]
+    asked = requirements("cluster")
     wrong = [(one, *_installed(one)) for one in asked if _installed(one)[0] != "ok"]
     fix = "pip install 'r1mega[cluster]'"
     costs = "no r1mega submit; r1mega run and the scripts of others work"
@@ -210,14 +210,15 @@ def _nemo_run() -> Finding:
     return Finding("NeMo-Run", "ok", metadata.version("nemo-run"), False)
 
 
+_RESILIENCY = "pip install --no-deps nvidia-resiliency-ext nvidia-ml-py defusedxml"
+"""Not with its dependency pynvml, at which torch warns in every process: nvidia-ml-py brings that module too."""
+
+
 def _resiliency() -> Finding:
-    asked = next((one for one in requirements("cluster") if one.name == "nvidia-resiliency-ext"), None)
-    if asked is None:
-        return Finding("resiliency", "missing", "nvidia-resiliency-ext has no release for this platform and Python", False)
-    state, found = _installed(asked)
+    state, found = _installed(Requirement("nvidia-resiliency-ext>=0.4"))
     sick = sick_gpus() if state == "ok" else ""
     costs = "GPUs that must be reset are not told before ranks start on them"
-    fix = "drain this node and reset them" if sick else f"pip install '{asked.name}{asked.specifier}'"
+    fix = "drain this node and reset them" if sick else _RESILIENCY
     return Finding("resiliency", "wrong" if sick else state, sick or found, bool(sick), costs, fix)
 
 
