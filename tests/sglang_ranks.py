@@ -23,7 +23,8 @@ from r1mega.weights.moving import reader_of
 
 
 def work(rank: int, world: int, port: int, folder: Path, model: Path, settings: str, cases: list[dict[str, Any]]) -> None:
-    """For each layout: weights of seed 100 + its index into the shards, a sync, and this rank's samples into `rank-<r>.json`."""
+    """For each layout: weights of seed 100 + its index, after others, into the shards and to the server; this rank's samples into
+    `rank-<r>.json`."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
@@ -33,8 +34,10 @@ def work(rank: int, world: int, port: int, folder: Path, model: Path, settings: 
         engine = SglangEngine(Rollout.model_validate_json(settings), model, Surroundings("cpu", folder))
         for index, layout in enumerate(cases):
             policy = Policy(arch, Layout(**layout), Train(chunk_tokens=128), Optimizer(lr=1e-3))
-            policy.exchange.load(reader_of(support.weights(model, 100 + index)))
-            engine.sync(policy.exchange, version=100 + index)
+            # Twice from one source: what its first sync has worked out serves the second.
+            for seed in (index, 100 + index):
+                policy.exchange.load(reader_of(support.weights(model, seed)))
+                engine.sync(policy.exchange, version=seed)
             samples = engine.generate(ranks.dealt(support.requests()), SamplingParams())
             found.append([vars(sample) for sample in samples])
         engine.close()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -43,13 +44,20 @@ class ShardsByNetwork(Shards[Announced]):
         self._backend = backend
         self._meeting: Meeting | None = None
         self._group: Any = None
+        self._noted: tuple[ref[WeightSource], Wire, int] | None = None
+        """Of which source's sync the notes are. They are the same at its next one: plans do not change."""
+        self._notes: list[list[list[str]]] = []
+        """By round, on rank 0."""
         self._packed: list[tuple[int, Tensor]] = []
         self._under_way: list[Any] = []
 
     def send(self, source: WeightSource, wire: Wire, limit: int) -> str | None:
         """See `Shards.send`."""
         error = self._joined() if self._group is None else None
+        if self._noted is None or self._noted[0]() is not source or self._noted[1:] != (wire, limit):
+            self._noted, self._notes = None, []
         error = error or super().send(source, wire, limit)
+        self._noted = (ref(source), wire, limit) if error is None else None
         if error is not None:
             # Servers may wait in it for what never comes, and are lost then: another one is made with those that follow.
             group, self._group, self._packed, self._under_way = self._group, None, [], []
@@ -66,8 +74,16 @@ class ShardsByNetwork(Shards[Announced]):
             self._packed = [(rank, parcel.message) for rank, parcel in found.items()]
             yield parts[0][0], {rank: _announced(parcel) for rank, parcel in found.items()}
 
-    def payloads(self, bucket: Bucket, given: Sequence[Announced]) -> list[list[str]]:
-        """See `Shards.payloads`. Buckets of all ranks of servers have the same names and shapes."""
+    def payloads(self, index: int, bucket: Bucket, mine: Announced) -> list[list[str]] | None:
+        """See `Shards.payloads`."""
+        if self._noted is None:
+            given = ranks.to_first(mine)
+            if given is not None:
+                self._notes.append(self._note(bucket, given))
+        return self._notes[index] if self._notes else None
+
+    def _note(self, bucket: Bucket, given: Sequence[Announced]) -> list[list[str]]:
+        """What comes from whom, for every rank of the servers, whose buckets of a round have the same names and shapes."""
         assert self._meeting is not None
         entries = [(entry.name, entry.dtype, entry.shape) for entry in bucket.entries]
         notes = []

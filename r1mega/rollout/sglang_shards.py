@@ -45,15 +45,15 @@ class Shards(ABC, Generic[Given]):
         under_way: Future[str | None] | None = None
         lost: str | None = None
         with ThreadPoolExecutor(1) as thread:
-            for bucket, mine in self.rounds(source, wire, limit):
+            for index, (bucket, mine) in enumerate(self.rounds(source, wire, limit)):
                 # After this every rank may write over what the round before last has left.
                 error = ranks.first((under_way.result() if under_way else None) or lost)
                 if error is not None:
                     return error
-                given = ranks.to_first(mine)
+                payloads = self.payloads(index, bucket, mine)
                 lost = self.go()
-                if given is not None:
-                    under_way = thread.submit(self._load, self.payloads(bucket, given), f"parameters {contents(bucket)}")
+                if payloads is not None:
+                    under_way = thread.submit(self._load, payloads, f"parameters {contents(bucket)}")
             error = (under_way.result() if under_way else None) or lost
             return ranks.first(error)
 
@@ -62,8 +62,8 @@ class Shards(ABC, Generic[Given]):
         """A bucket of every round, of whichever rank of a server, and what this rank of the trainer adds to it. `limit`: as of `send`."""
 
     @abstractmethod
-    def payloads(self, bucket: Bucket, given: Sequence[Given]) -> list[list[str]]:
-        """On rank 0, payloads of a round, by server and rank, from what all ranks of the trainer have added, in their order."""
+    def payloads(self, index: int, bucket: Bucket, mine: Given) -> list[list[str]] | None:
+        """On every rank, which adds `mine`: payloads of round `index` by server and rank, on rank 0; None on the others."""
 
     def go(self) -> str | None:
         """On every rank, when a round is about to be asked for; why this rank cannot give what it has announced."""
@@ -139,8 +139,11 @@ class ShardsByPayload(Shards[Mapping[tuple[int, int], str]]):
         found = carrier.payloads(content, len(way.servers))
         return {(server, way.engine_rank): payload for server, payload in zip(way.servers, found, strict=True)}
 
-    def payloads(self, bucket: Bucket, given: Sequence[Mapping[tuple[int, int], str]]) -> list[list[str]]:
+    def payloads(self, index: int, bucket: Bucket, mine: Mapping[tuple[int, int], str]) -> list[list[str]] | None:
         """See `Shards.payloads`."""
+        given = ranks.to_first(mine)
+        if given is None:
+            return None
         all_of = {place: payload for one in given for place, payload in one.items()}
         return [[all_of[server, rank] for rank in range(self.layout.tp)] for server in range(len(self.control.clients))]
 

@@ -72,8 +72,8 @@ class DirectPlan:
             if wanted and nbytes > room:
                 yield fill(rank, wanted)
                 wanted, room = [], limit
-            shares = (share for share in self._shares(param, h, position) if only in (None, share.rank))
-            wanted.append(Wanted(sent, self.wire.dtype_of(param.storage), tuple(shares), self._whole(param)))
+            shares = tuple(self._shares(param, h, position, only))
+            wanted.append(Wanted(sent, self.wire.dtype_of(param.storage), shares, len(sent) == 1 or self._whole(param)))
             room -= nbytes
         if wanted:
             yield fill(rank, wanted)
@@ -85,12 +85,15 @@ class DirectPlan:
             if position is not None:
                 yield from ((param, h, position) for param in engine_group(group))
 
-    def _shares(self, param: EngineParam, h: int, position: int) -> Iterator[Share]:
+    def _shares(self, param: EngineParam, h: int, position: int, only: int | None) -> Iterator[Share]:
         for wanted in param.pieces:
             for piece, ranks in self.held[wanted.tensor]:
+                senders = self.senders.get((ranks, h))
+                if senders is None or only not in (None, senders[position]):
+                    continue
                 found = overlap(piece, wanted)
                 if found is not None:
-                    yield Share(self.senders[ranks, h][position], found[0], found[1].box)
+                    yield Share(senders[position], found[0], found[1].box)
 
     def _whole(self, param: EngineParam) -> bool:
         return all(whole for _, _, _, whole in _regions(param, self.held, self.shapes))
