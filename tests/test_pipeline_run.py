@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from r1mega.launch.status import logs
+from r1mega.launch.status import status as told
 from r1mega.pipeline.files import file_digest
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.rundir import RunDirectory
@@ -143,7 +145,12 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_where_it_was(recipe: Path) 
         code, _, err = finish(process)
         wait_until(lambda: not alive(run), 60)
         if sign != signal.SIGKILL:
-            assert code == 128 + sign and "the same command goes on from the last checkpoint" in err and status(run) == "interrupted"
+            asked, ended = err.splitlines()
+            assert code == 128 + sign and "what is under way is saved" in asked and status(run) == "interrupted"
+            assert f"{sign.name}; the same command goes on with zero, of which there is no checkpoint yet: {run}" in ended
+            assert told(run)[1] == f"zero   interrupted  update {update} of 4" and "rank0.log, the last start" in next(
+                logs(run, None, None, False)
+            )
         (run / f"hold-{update}").unlink()
     code, _, err = finish(start(recipe))
     assert (code, err) == (0, "")

@@ -203,7 +203,7 @@ def _sglang(recipe: Recipe | None) -> Finding:
 def _nemo_run() -> Finding:
     asked = requirements("cluster")
     wrong = [(one, *_installed(one)) for one in asked if _installed(one)[0] != "ok"]
-    fix = "pip install 'r1mega[cluster]'"
+    fix = "./tools/install cluster, or pip install 'r1mega[cluster]'"
     costs = "no r1mega submit; r1mega run and the scripts of others work"
     if wrong:
         return Finding("NeMo-Run", wrong[0][1], f"{wrong[0][0].name}: {wrong[0][2]}", False, costs, fix)

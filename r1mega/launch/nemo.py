@@ -1,4 +1,4 @@
-"""NeMo-Run: the only module that imports it, which takes it five seconds."""
+"""NeMo-Run's executors. `nemo_run`, whose import takes five seconds, is imported here and in `entrypoint` alone."""
 
 import shlex
 import shutil
@@ -83,7 +83,7 @@ def _experiment(title: str, tasks: Sequence[StageTask], cluster: Cluster, folder
     try:
         import nemo_run
     except ImportError as error:
-        raise UserError(f"r1mega submit needs NeMo-Run ({error}); pip install 'r1mega[cluster]'") from None
+        raise UserError(f"r1mega submit needs NeMo-Run ({error}); ./tools/install cluster, or pip install 'r1mega[cluster]'") from None
     # Its console announces what `r1mega submit` says in fewer lines.
     nemo_run.core.frontend.console.api.CONSOLE.quiet = True
     with nemo_run.Experiment(title) as experiment:

@@ -1,6 +1,7 @@
 """`r1mega status` and `r1mega logs`: every stage and every attempt at it, from the run directory and, where it can be asked, Slurm.
 
-A requeued job keeps its number; each of its attempts has a folder `logs/<stage>/<job>-<restart>` of its own.
+A requeued job keeps its number; each of its attempts has a folder `logs/<stage>/<job>-<restart>` of its own. `r1mega run` without a stage
+has no attempts, and keeps its last start's logs in `logs`.
 """
 
 import fcntl
@@ -12,6 +13,7 @@ from r1mega.config.schema import Recipe
 from r1mega.config.tree import nearest_of
 from r1mega.errors import UserError
 from r1mega.launch.submit import ENDED, Submission, states
+from r1mega.pipeline.files import read_json
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.nodes import Attempt, attempts
 from r1mega.pipeline.rundir import LOCK, RunDirectory
@@ -30,7 +32,12 @@ def status(path: Path) -> list[str]:
     for name, folder in run.stage_dirs.items():
         made = attempts(run.logs, name)
         job = jobs.get(name)
-        state = "finished" if name in finished else _state(made[-1][1] if made else None, folder, asked.get(job or ""))
+        if name in finished:
+            state = "finished"
+        elif made or job or not folder.exists():
+            state = _state(made[-1][1] if made else None, folder, asked.get(job or ""))
+        else:
+            state = "running" if _held(path) else _ended(path)
         told = f"job {job}" + (f" {asked[job]}" if job in asked else "") if job else ""
         lines.append("  ".join(part for part in (name.ljust(width), state, _progress(run.recipe, name, folder), told) if part).rstrip())
         lines += [
@@ -53,8 +60,14 @@ def _state(last: Attempt | None, folder: Path, slurm: str | None) -> str:
     return last.outcome
 
 
+def _ended(run: Path) -> str:
+    """What became of a run of all stages that nobody runs any more; one that was killed could not say so."""
+    told = str(read_json(run / "summary.json")["status"])
+    return "interrupted" if told == "running" else told
+
+
 def _held(folder: Path) -> bool:
-    """Whether a process holds the stage, as far as the file system tells."""
+    """Whether a process holds the stage, or the run, as far as the file system tells."""
     try:
         with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -97,12 +110,19 @@ def logs(path: Path, stage: str | None, rank: int | None, every_line: bool) -> I
         for folder, attempt in attempts(run.logs, name):
             shown = True
             yield f"==> {name}, {_line(folder.name, attempt, last=True, running=_held(run.stage_dirs[name]))}"
-            files = (
-                [folder / f"rank{rank}.log"] if rank is not None else [folder / "progress.log", *sorted(folder.glob("rank*.error.json"))]
-            )
-            for file in files:
-                lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-                yield from lines if every_line else lines[-_TAIL:]
+            yield from _lines(folder, "progress.log" if rank is None else f"rank{rank}.log", rank is None, every_line)
     if not shown:
-        waits = "" if stage is None else f" of stage {stage!r}"
-        raise UserError(f"{path} has no logs of stages that ran alone{waits}; those of r1mega run are in {run.logs}")
+        log = f"rank{rank or 0}.log"
+        if not (run.logs / log).exists():
+            raise UserError(
+                f"{path} has no logs{'' if stage is None else f' of stage {stage!r}'}{'' if rank is None else f' of rank {rank}'}"
+            )
+        yield f"==> {run.logs / log}, the last start of all stages"
+        yield from _lines(run.logs, log, rank is None, every_line)
+
+
+def _lines(folder: Path, log: str, with_errors: bool, every_line: bool) -> Iterator[str]:
+    """The end of a log, or all of it, and what ranks have left that failed."""
+    for file in [folder / log, *(sorted(folder.glob("rank*.error.json")) if with_errors else ())]:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+        yield from lines if every_line else lines[-_TAIL:]

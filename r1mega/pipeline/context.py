@@ -37,7 +37,7 @@ class StageContext:
     engines: Engines
     """Of the whole run."""
     stop_file: Path | None = None
-    """The launcher makes this file when it is asked to stop, before a preemption or a time limit; None where it never is."""
+    """The launcher makes this file when it is asked to stop, by whoever started it or before a time limit; None where it never is."""
 
     def stop_asked(self) -> bool:
         """Whether the stage is to save and raise `Stopped`. The same on every rank, each of which must ask."""

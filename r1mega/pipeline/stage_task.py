@@ -175,9 +175,9 @@ class _StageTask:
         arguments = meeting.torchrun(trainers, self._logs.name, directory.recipe.run.ranks, self._alone.restarts)
         arguments += ["-m", RANK, self._worker, str(directory.path), name, str(self._logs), *map(str, astuple(allocation))]
         stop_file, log = self._logs / "stop", f"torchrun-{task.node}.log"
-        settings, saving = directory.recipe.run, Saving(self._signals, stop_file, self._alone.grace_s)
+        settings, saving = directory.recipe.run, Saving(self._signals, stop_file, self._alone.grace_s, reach_ranks=True)
         watch = Watch(self._logs, settings.deadlines, settings.ranks // allocation.trainers, task.node, allocation.trainers)
-        ranks = Ranks(directory, self._folder, locks, arguments, watch, self._alone.restarts, saving, log)
+        ranks = Ranks(directory, self._folder, locks, arguments, watch, saving, self._alone.restarts, log)
         if allocation.nodes == 1:
             code = ranks.wait()
         else:

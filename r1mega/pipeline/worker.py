@@ -81,7 +81,7 @@ def main(
         if ranks.rank == 0:
             forget(logs / ENGINE)
         with _progress(run, ranks, terminal, only, logs) as progress, start(run) as barrier:
-            run_stages(run, finished, ranks, progress, find, barrier, (only, logs / "stop") if only else None, allocation)
+            run_stages(run, finished, ranks, progress, find, barrier, logs / "stop", only, allocation)
     except Exception as error:
         _say_why(error, path, logs, ranks.rank)
         # No orderly exit: threads and process groups would wait for ranks that wait for this one.
@@ -115,18 +115,18 @@ def run_stages(
     progress: Progress,
     find: Callable[[str], StageFunction],
     barrier: Callable[[], Any],
-    only: tuple[str, Path] | None = None,
+    stop_file: Path | None = None,
+    only: str | None = None,
     allocation: Allocation = ALONE,
 ) -> None:
-    """Run the stages that are not finished, in order; `finished` is the same on every rank.
+    """Run the stages that are not finished, in order, or the one named; `finished` is the same on every rank.
 
-    `only` is the one stage to run, and the file that asks it to stop.
+    `stop_file` lies in the folder of the logs, and asks them to stop; left out: `stop` in the run's.
     """
-    stop_file = only[1] if only else None
-    logs = stop_file.parent if stop_file else run.logs
-    with Engines(partial(opened, run, progress, logs / ENGINE, ranks.local_world_size, allocation)) as engines:
+    stop_file = stop_file or run.logs / "stop"
+    with Engines(partial(opened, run, progress, stop_file.parent / ENGINE, ranks.local_world_size, allocation)) as engines:
         for name, stage in run.recipe.stages.items():
-            if only and name != only[0]:
+            if only not in (None, name):
                 continue
             if name in finished:
                 progress.skip(name)
@@ -160,7 +160,7 @@ def _run_stage(
     progress: Progress,
     engines: Engines,
     function: StageFunction,
-    stop_file: Path | None,
+    stop_file: Path,
 ) -> None:
     folder = run.stage_dirs[name]
     folder.mkdir(parents=True, exist_ok=True)

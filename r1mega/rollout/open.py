@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from r1mega.config.chats import Endpoint
 from r1mega.config.rollout import Rollout, Sampling
 from r1mega.rollout.engine import Engine
 from r1mega.rollout.sglang_places import ALONE, Allocation
 from r1mega.rollout.teacher import Teacher
+
+if TYPE_CHECKING:
+    from r1mega.rollout.sglang_servers import Found
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,22 @@ class Surroundings:
 
 
 def require(settings: Rollout) -> None:
-    """UserError for an engine that cannot be opened."""
+    """UserError for an engine that cannot be opened, such as a server that is there and refuses the key."""
     if settings.engine == "sglang":
-        from r1mega.rollout.sglang_servers import interpreter, key_of
+        from r1mega.rollout.sglang_servers import interpreter
 
-        if settings.sglang.addresses:
-            key_of(settings.sglang)
-        else:
+        if not settings.sglang.addresses:
             interpreter(settings.sglang)
+        for server in found(settings):
+            server.ready()
+
+
+def found(settings: Rollout) -> "list[Found]":
+    """The servers at given addresses, where the engine is such servers."""
+    from r1mega.rollout.sglang_servers import Found
+
+    addresses = settings.sglang.addresses if settings.engine == "sglang" else []
+    return [Found(address, settings.sglang) for address in addresses]
 
 
 def open_endpoint(endpoint: Endpoint, sampling: Sampling) -> Teacher:
