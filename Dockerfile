@@ -42,15 +42,11 @@ RUN apt-get update && apt-get install --yes --no-install-recommends bubblewrap &
 COPY --from=engine /opt/sglang /opt/sglang
 # The line for Python 3.12, on which the second lane of tools/test runs the same tests as on 0.16.1.
 ARG MEGATRON_CORE=0.19.2
-# transformers as in tools/constraints-cpu.txt, NeMo-Run and nvidia-resiliency-ext as in tools/constraints-cluster.txt, leptonai as far as
-# NeMo-Run imports it.
+# transformers as in tools/constraints-cpu.txt, NeMo-Run as the tests with a real Slurm use it, leptonai as far as NeMo-Run imports it.
+# No nvidia-resiliency-ext: this megatron-core fails beside releases before 0.6, and the package index has 0.4.1.
 ARG TRANSFORMERS=5.23.0
 ARG NEMO_RUN=0.11.1
 ARG LEPTONAI=0.27.0
-# Its dependency pynvml makes torch warn in every process; nvidia-ml-py brings the same module.
-ARG RESILIENCY=0.4.1
-ARG NVIDIA_ML_PY=13.615.71
-ARG DEFUSEDXML=0.7.1
 COPY --from=wheels /wheels /tmp/wheels
 COPY . /opt/src/r1mega
 # `--system-site-packages` shows the base's torch; its constraints keep pip from replacing that, and name an older transformers.
@@ -59,8 +55,6 @@ RUN python3 -m venv --system-site-packages /opt/r1mega \
     && PIP_CONSTRAINT=/tmp/constraints.txt /opt/r1mega/bin/pip install --no-cache-dir \
     /tmp/wheels/*.whl "megatron-core==${MEGATRON_CORE}" "transformers==${TRANSFORMERS}" "nemo-run==${NEMO_RUN}" "leptonai==${LEPTONAI}" \
     -e "/opt/src/r1mega[cluster,report,endpoint]" \
-    && /opt/r1mega/bin/pip install --no-cache-dir --no-deps \
-    "nvidia-resiliency-ext==${RESILIENCY}" "nvidia-ml-py==${NVIDIA_ML_PY}" "defusedxml==${DEFUSEDXML}" \
     && ln -s /opt/sglang /opt/src/r1mega/.venv-sglang \
     && rm -rf /tmp/wheels /tmp/constraints.txt
 

@@ -18,9 +18,6 @@ PACKAGES = {
     "TRANSFORMERS": "transformers",
     "NEMO_RUN": "nemo-run",
     "LEPTONAI": "leptonai",
-    "RESILIENCY": "nvidia-resiliency-ext",
-    "NVIDIA_ML_PY": "nvidia-ml-py",
-    "DEFUSEDXML": "defusedxml",
     "TRANSFORMER_ENGINE": "transformer-engine-torch",
     "SGLANG": "sglang",
 }
