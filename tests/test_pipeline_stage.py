@@ -48,7 +48,8 @@ def start(
     recipe: Path, stage: str, *arguments: str, slurm: tuple[int, int, int] | None = None, modules: Path = TESTS
 ) -> subprocess.Popen[str]:
     """`slurm`: node, nodes and restart of a step's task. `modules`: a folder with some that stand in for installed ones."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(modules)])}
+    paths = [str(TESTS.parent), str(TESTS), str(modules), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if slurm:
         node, count, restart = map(str, slurm)
         environment |= {"SLURM_STEP_NUM_NODES": count, "SLURM_NODEID": node, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
