@@ -219,7 +219,7 @@ def _resiliency() -> Finding:
     newer = _installed(Requirement("megatron-core>=0.19"))[0] == "ok"
     state, found = _installed(Requirement(f"nvidia-resiliency-ext>={'0.6' if newer else '0.4'}"))
     sick = sick_gpus() if state == "ok" else ""
-    costs = "megatron-core cannot save" if state == "wrong" else "GPUs that must be reset are not told before ranks start on them"
+    costs = "megatron-core cannot be imported" if state == "wrong" else "GPUs that must be reset are not told before ranks start on them"
     fix = "drain this node and reset them" if sick else "pip uninstall nvidia-resiliency-ext" if state == "wrong" else _RESILIENCY
     return Finding("resiliency", "wrong" if sick else state, sick or found, state == "wrong" or bool(sick), costs, fix)
 

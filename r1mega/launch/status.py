@@ -4,7 +4,6 @@ A requeued job keeps its number; each of its attempts has a folder `logs/<stage>
 has no attempts, and keeps its last start's logs in `logs`.
 """
 
-import fcntl
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -13,10 +12,9 @@ from r1mega.config.schema import Recipe
 from r1mega.config.tree import nearest_of
 from r1mega.errors import UserError
 from r1mega.launch.submit import ENDED, Submission, states
-from r1mega.pipeline.files import read_json
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.nodes import Attempt, attempts
-from r1mega.pipeline.rundir import LOCK, RunDirectory
+from r1mega.pipeline.rundir import RunDirectory, held
 
 _TAIL = 40
 
@@ -37,7 +35,7 @@ def status(path: Path) -> list[str]:
         elif made or job or not folder.exists():
             state = _state(made[-1][1] if made else None, folder, asked.get(job or ""))
         else:
-            state = "running" if _held(path) else _ended(path)
+            state = run.status()
         told = f"job {job}" + (f" {asked[job]}" if job in asked else "") if job else ""
         lines.append("  ".join(part for part in (name.ljust(width), state, _progress(run.recipe, name, folder), told) if part).rstrip())
         lines += [
@@ -56,26 +54,8 @@ def _state(last: Attempt | None, folder: Path, slurm: str | None) -> str:
     if last is None:
         return "not begun" if slurm is None else slurm.lower().replace("_", " ")
     if last.outcome is None:
-        return "running" if _held(folder) else "lost"
+        return "running" if held(folder) else "lost"
     return last.outcome
-
-
-def _ended(run: Path) -> str:
-    """What became of a run of all stages that nobody runs any more; one that was killed could not say so."""
-    told = str(read_json(run / "summary.json")["status"])
-    return "interrupted" if told == "running" else told
-
-
-def _held(folder: Path) -> bool:
-    """Whether a process holds the stage, or the run, as far as the file system tells."""
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
 
 
 def _progress(recipe: Recipe, name: str, folder: Path) -> str:
@@ -109,7 +89,7 @@ def logs(path: Path, stage: str | None, rank: int | None, every_line: bool) -> I
     for name in [stage] if stage else run.recipe.stages:
         for folder, attempt in attempts(run.logs, name):
             shown = True
-            yield f"==> {name}, {_line(folder.name, attempt, last=True, running=_held(run.stage_dirs[name]))}"
+            yield f"==> {name}, {_line(folder.name, attempt, last=True, running=held(run.stage_dirs[name]))}"
             yield from _lines(folder, "progress.log" if rank is None else f"rank{rank}.log", rank is None, every_line)
     if not shown:
         log = f"rank{rank or 0}.log"

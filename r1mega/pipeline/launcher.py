@@ -59,10 +59,11 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
     check_belongs(path, recipe, fresh)
     check_references(recipe, recipe_path.parent.absolute())
     check_contents(recipe)
-    _wait_for_servers(recipe)
+    if fresh or not _is_finished(RunDirectory(path, recipe)):
+        _wait_for_servers(recipe)
     with claimed(path, recipe, fresh) as (directory, lock):
         directory.check_finished()
-        if set(directory.finished()) == set(recipe.stages):
+        if _is_finished(directory):
             print(f"all stages are finished: {path}")
             directory.write_summary("finished")
             return 0
@@ -72,9 +73,10 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         saving = Saving({signal.SIGINT, signal.SIGTERM}, directory.logs / "stop", _SAVE_S)
         ranks = Ranks(directory, recipe_path.parent.absolute(), (lock,), arguments, watch, saving)
         code = ranks.wait()
-        if code > 128 and set(directory.finished()) == set(recipe.stages):
-            code = 0
         stopped = code > 128 or code == HUNG
+        if stopped and _is_finished(directory):
+            # It was stopped, or hung, when all was done.
+            code, stopped = 0, False
         with suppress(OSError) if code else nullcontext():  # on a full disk the ranks have more to say
             directory.write_summary("finished" if code == 0 else "interrupted" if stopped else "failed")
         if code == 0:
@@ -87,6 +89,10 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         else:
             explain_failure(directory.logs, watch.last_words())
         return code
+
+
+def _is_finished(directory: RunDirectory) -> bool:
+    return set(directory.finished()) == set(directory.recipe.stages)
 
 
 def _wait_for_servers(recipe: Recipe) -> None:

@@ -112,6 +112,27 @@ class RunDirectory:
         ]
         files.write_json(self.path / "summary.json", {"recipe": self.recipe.name, "status": status, "stages": stages})
 
+    def status(self) -> str:
+        """finished, running, failed, interrupted or not started, of a run of all stages; one that was killed could not say so."""
+        told = files.read_json(self.path / "summary.json")
+        status = str(told["status"]) if told else "not started"
+        return "interrupted" if status == "running" and not held(self.path) else status
+
+
+def held(folder: Path) -> bool:
+    """Whether a run or a stage holds its lock, as far as the file system tells.
+
+    Taking it for a moment does no harm: who wants it tries for seconds.
+    """
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
 
 def _differs(entry: Mapping[str, str], finished: Mapping[str, Provenance], stale: Sequence[str]) -> bool:
     """Whether an input, as it was recorded, is not the one that its stage has now."""

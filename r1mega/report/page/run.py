@@ -1,15 +1,13 @@
 """A run as the page reads it: what each stage was to do, how far it is, and what it wrote. Nothing is changed."""
 
-import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1mega.pipeline import files
 from r1mega.pipeline.artifacts import Provenance, portable
 from r1mega.pipeline.metrics import read_metrics
-from r1mega.pipeline.rundir import RunDirectory
+from r1mega.pipeline.rundir import RunDirectory, held
 
 State = Literal["finished", "running", "stopped", "waiting"]
 
@@ -63,13 +61,8 @@ class RunView:
 def read_run(path: Path) -> RunView:
     """Read a run directory, finished or not; UserError when the folder is none."""
     run = RunDirectory.open(path)
-    summary = files.read_json(path / "summary.json")
-    status = summary["status"] if summary else "not started"
-    alive = _held(path / ".lock")
-    if status == "running" and not alive:
-        # Its launcher was killed before it could say so.
-        status = "interrupted"
-    return RunView(run, status, [_stage(run, name, alive) for name in run.recipe.stages])
+    alive = held(path)
+    return RunView(run, run.status(), [_stage(run, name, alive) for name in run.recipe.stages])
 
 
 def _stage(run: RunDirectory, name: str, alive: bool) -> StageView:
@@ -92,15 +85,3 @@ def _folders(stage_dir: Path) -> Iterator[Path]:
 
 def _is_evaluation(row: dict[str, Any]) -> bool:
     return any(key.startswith("eval/") for key in row)
-
-
-def _held(lock: Path) -> bool:
-    """Whether a run holds its lock. Taking it for a moment does no harm: who wants it tries for seconds."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
