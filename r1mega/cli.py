@@ -158,6 +158,7 @@ def _check(options: argparse.Namespace) -> int:
         return 0
     check_contents(recipe)
     print(dump_resolved(recipe), end="")
+    print(f"{options.recipe} can run here", file=sys.stderr)
     return 0
 
 

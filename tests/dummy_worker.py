@@ -31,6 +31,8 @@ def start(run: RunDirectory) -> Iterator[Callable[[], Any]]:
 
     barrier()  # as the real platform, whose process group is a meeting
     yield barrier
+    if run.recipe.description == f"stop at the end on rank {ranks.rank}":
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def misbehave(ctx: StageContext) -> None:
@@ -49,7 +51,7 @@ def misbehave(ctx: StageContext) -> None:
         fill_disk(ctx)
     elif action.startswith("stop once on rank "):
         stop_in_first_attempt(ctx, int(action.split()[-1]))
-    elif " on rank " in action:
+    elif " on rank " in action and not action.startswith("stop at the end"):
         time.sleep(60)  # as in a collective that the other rank never joins
 
 

@@ -104,6 +104,13 @@ def test_a_full_disk_is_named_though_nothing_can_be_written(recipe: Path) -> Non
     assert not alive(run)
 
 
+def test_a_run_that_hangs_when_all_is_done_is_finished(recipe: Path) -> None:  # noqa: F811
+    run = recipe.parent / "run"
+    code, out, _ = finish(test_pipeline_run.start(recipe, "description=stop at the end on rank 1", "run.deadlines.setup=4"))
+    assert code == 0 and out.splitlines()[-1].startswith("finished in") and status(run) == "finished"
+    assert not alive(run)
+
+
 def test_hung_ranks_are_started_again_in_place(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "run"
     process = test_pipeline_stage.start(recipe, "zero", "--restarts", "1", SIGSTOP, "run.deadlines.setup=4", slurm=(0, 1, 0))

@@ -124,6 +124,14 @@ def test_the_shipped_recipe_passes_without_megatron() -> None:
             ["rollout.engine=sglang", "rollout.sglang.layout.tp=3"],
             "stages.zero: rollout.sglang.layout: tp / attn_dp = 3 does not divide the 4 attention heads; 2 or 4 would",
         ),
+        (
+            ["rollout.engine=sglang", "rollout.sglang.block_fp8=true"],
+            "stages.zero: rollout.sglang.block_fp8: SGLang's FP8 kernels need a GPU; leave it out on a CPU",
+        ),
+        (
+            ["rollout.engine=sglang", f"rollout.sglang.python={sys.executable}"],
+            f"rollout.sglang.python: {sys.executable} is no interpreter with SGLang; run tools/install_sglang_cpu, or name another",
+        ),
         (["stages.zero.train.dispatcher=deepep"], "stages.zero: train.dispatcher=deepep needs run.platform=cuda; on a CPU use alltoall"),
         (
             ["stages.zero.optimizer.offload=0.5"],
@@ -276,8 +284,12 @@ def test_eval_looks_at_its_output_before_it_measures(tmp_path: Path, capsys: pyt
 def test_check_finds_what_run_would_refuse(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["stages.zero.prompts.sums.source.size=20", "stages.zero.evaluation=null"]
     assert cli.main(["check", str(tiny), *overrides]) == 0
+    assert capsys.readouterr().err == f"{tiny} can run here\n"
     (tiny.parent / "base" / "model.safetensors").write_bytes(b"no weights")
-    capsys.readouterr()
     assert cli.main(["check", str(tiny), *overrides]) == 2
     found = capsys.readouterr()
     assert found.out == "" and "truncated or damaged" in found.err and found.err.count("\n") == 1
+    (tiny.parent / "base" / "model.safetensors").unlink()
+    assert cli.main(["check", str(tiny), *overrides, "--dry-run"]) == 0
+    lacks = f"'stages.zero.model': {tiny.parent / 'base'} has no *.safetensors; expected a Hugging Face model folder"
+    assert capsys.readouterr().out.endswith(f"needs, and this machine lacks:\n  {lacks}\n")

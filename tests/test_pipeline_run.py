@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,29 @@ def test_a_run_with_two_ranks_and_the_same_command_again(recipe: Path) -> None:
     code, out, err = finish(start(recipe))
     assert (code, err) == (0, "") and "all stages are finished" in out
     assert (run / "stages" / "01-zero" / "provenance.json").stat().st_mtime_ns == before
+
+
+def test_servers_are_waited_for_before_ranks_and_not_by_a_finished_run(recipe: Path) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    address = f"http://127.0.0.1:{server.server_port}"
+    settings = ["rollout.engine=sglang", f"rollout.sglang.addresses=[{address}]", "rollout.sglang.start_timeout_s=60"]
+    # Its socket takes connections, which nobody answers yet.
+    process = start(recipe, *settings)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert said == f"waiting for the SGLang server at {address}, at most 60 s\n" and not (recipe.parent / "run").exists()
+    thread.start()
+    assert finish(process)[0] == 0
+    server.shutdown()
+    server.server_close()
+    code, out, err = finish(start(recipe, *settings))
+    assert (code, err) == (0, "") and "all stages are finished" in out
 
 
 def test_a_user_error_of_a_rank_is_one_line(recipe: Path) -> None:

@@ -147,12 +147,14 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, model:
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundir, "_ENDING_S", 0.3)
-    with claimed(tmp_path / "run", recipe(model), fresh=False):
-        with pytest.raises(UserError, match="is in use by another run"), claimed(tmp_path / "run", recipe(model), fresh=True):
+    monkeypatch.setattr(rundir, "_ENDING_S", 0.5)
+    monkeypatch.setattr(rundir, "_SAY_S", 0.1)
+    run, told = tmp_path / "run", list[str]()
+    with claimed(run, recipe(model), fresh=False):
+        with pytest.raises(UserError, match="is in use by another run"), claimed(run, recipe(model), fresh=True, note=told.append):
             pass
-        assert (tmp_path / "run" / "resolved.yaml").exists()
-    with claimed(tmp_path / "run", recipe(model), fresh=False):
+        assert (run / "resolved.yaml").exists() and told == [f"{run} is in use; waiting at most 0.5 s for a run there that ends"]
+    with claimed(run, recipe(model), fresh=False):
         pass
 
 

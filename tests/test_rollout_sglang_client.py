@@ -1,15 +1,18 @@
 """Calls to servers, without SGLang: deadlines, kinds of failure, connections, and how a rank's requests are spread."""
 
 import json
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from r1mega.errors import UserError
+from r1mega.rollout import sglang_client
 from r1mega.rollout.engine import Request
 from r1mega.rollout.sglang import SglangEngine, _Pool
 from r1mega.rollout.sglang_client import Client, Refused, Unanswered
@@ -74,6 +77,19 @@ def test_nothing_at_an_address_is_not_answered():
     with pytest.raises(Unanswered, match="refused"):
         Client("http://127.0.0.1:9").get("/model_info", 5)
     assert not Client("http://127.0.0.1:9").answers(5)
+
+
+def test_an_address_that_takes_no_connection_is_given_up_soon(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sglang_client, "_ACCEPT_S", 0.5)
+    with socket.socket() as full, ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):  # as many as Linux keeps there for whoever accepts some day
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        with pytest.raises(Unanswered, match=r"/model_info: takes no connection within 0.5 s"):
+            Client(f"http://127.0.0.1:{full.getsockname()[1]}").get("/model_info", 30)
 
 
 def test_a_connection_is_kept_and_opened_again_when_the_server_has_closed_it(client):

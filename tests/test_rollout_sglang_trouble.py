@@ -38,27 +38,33 @@ def opened(tmp_path: Path) -> Iterator:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
     python.chmod(0o755)
-    engines = []
+    engines, told = [], list[str]()
 
     def make(behaviour: str = "ok", **changes: object) -> SglangEngine:
         (tmp_path / "behaviour").write_text(behaviour)
         settings = {"python": str(python), "retries": 1, "checksums": "none", "request_timeout_s": 60.0} | changes
-        engines.append(SglangEngine(Rollout(engine="sglang", sglang=Sglang(**settings)), MODEL, Surroundings("cpu", tmp_path)))
+        engines.append(
+            SglangEngine(Rollout(engine="sglang", sglang=Sglang(**settings)), MODEL, Surroundings("cpu", tmp_path, note=told.append))
+        )
         engines[-1].sync(support.source(MODEL, 0), version=4)
         return engines[-1]
 
+    make.told = told
     yield make
     for engine in engines:
         engine.close()
 
 
-def test_a_server_out_of_memory_is_named_with_the_last_word_of_its_log(opened) -> None:
+def test_a_server_out_of_memory_is_named_with_the_last_word_of_its_log(opened, tmp_path: Path) -> None:
     engine = opened("memory")
     with pytest.raises(
-        UserError, match=r"lost 2 times in one rollout; .* ended \(exit code 1\): torch.OutOfMemoryError: .*; its log: "
+        UserError,
+        match=r"do not answer all requests of a rollout, tried 2 times; .* ended \(exit code 1\): torch.OutOfMemoryError: .*; its log: ",
     ) as error:
         engine.generate(support.requests(2), PLAIN)
     assert "\n" not in str(error.value)
+    # No third one is started for an attempt that does not follow.
+    assert len(list(tmp_path.glob("server-0-*.log"))) == 2 and len(opened.told) == 1
 
 
 def test_what_older_weights_drew_is_not_accepted(opened) -> None:
@@ -79,7 +85,7 @@ def test_a_server_that_accepts_and_never_answers_is_named_within_the_deadline(
     with ThreadPoolExecutor(1) as thread, heartbeat.phase("generate"):
         seen = thread.submit(watched, watch, 6.0)
         # Nor does a run wait for it for ever where its deadlines are longer.
-        with pytest.raises(UserError, match=r"lost 1 times in one rollout; the last time: http://127.*/generate: no answer within 6 s"):
+        with pytest.raises(UserError, match=r"a rollout, tried once: http://127.*/generate: no answer within 6 s"):
             engine.generate(support.requests(3), PLAIN)
         address = engine._pool.clients[0].address
         told = rf"rank 0 has been in generate for \d s \(run.deadlines.generate is 3\): it waits for 3 answers, the oldest of {address};"
@@ -106,6 +112,8 @@ def test_a_server_lost_while_the_trainer_does_something_else_is_replaced_with_th
     assert wait() == expected
     assert {sample.weight_version for sample in expected} == {4}
     assert engine._fleet.servers[0].pid != lost.pid
+    assert opened.told == [f"lost an SGLang server: {lost.trouble()}"]
+    assert "ended (killed by SIGKILL): from outside, or for want of memory; its log: " in opened.told[0]
     assert (tmp_path / "calls").read_text().count("/update_weight_version") == synced + 1
 
 

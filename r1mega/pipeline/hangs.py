@@ -224,10 +224,11 @@ class Watch:
 
     def _end(self, beats: dict[int, Beat], culprit: int) -> None:
         """Kill the ranks, the culprit last: what the others would say of its death helps nobody."""
+        # Also of those that were done before the others hung: they have not begun since.
+        self._over |= {beat.pid for beat in (*beats.values(), *self._all().values())}
         for rank in sorted(beats, key=lambda rank: rank == culprit):
             with suppress(ProcessLookupError):
                 os.kill(beats[rank].pid, signal.SIGKILL)
-        self._over |= {beat.pid for beat in beats.values()}
         self._hangs, self._begin = self._hangs + 1, time.monotonic()
 
 

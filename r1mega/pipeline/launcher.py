@@ -61,7 +61,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
     check_contents(recipe)
     if fresh or not _is_finished(RunDirectory(path, recipe)):
         _wait_for_servers(recipe)
-    with claimed(path, recipe, fresh) as (directory, lock):
+    with claimed(path, recipe, fresh, say) as (directory, lock):
         directory.check_finished()
         if _is_finished(directory):
             print(f"all stages are finished: {path}")
@@ -91,6 +91,11 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), run_dir: Path | None =
         return code
 
 
+def say(line: str) -> None:
+    """Tell whoever started the run, while it goes on."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _is_finished(directory: RunDirectory) -> bool:
     return set(directory.finished()) == set(directory.recipe.stages)
 
@@ -100,9 +105,9 @@ def _wait_for_servers(recipe: Recipe) -> None:
     from r1mega.rollout import open as engines  # imports torch, as what was checked before does
 
     for found in engines.found(recipe.rollout):
-        if not found.ready():
+        if not found.ready(engines.GLANCE_S):
             limit = f"at most {recipe.rollout.sglang.start_timeout_s:g} s"
-            print(f"waiting for the SGLang server at {found.client.address}, {limit}", file=sys.stderr, flush=True)
+            say(f"waiting for the SGLang server at {found.client.address}, {limit}")
             while not found.ready():
                 time.sleep(_TURN_S)
 
@@ -224,7 +229,7 @@ class Ranks:
         """Let the ranks save and leave; where they do not in their time, ask torchrun to end them."""
         self._saving.stop_file.touch()
         if not self._ignored:
-            print(f"stopping: what is under way is saved, in at most {_SAVE_S:g} s; once more ends it at once", file=sys.stderr, flush=True)
+            say(f"stopping: what is under way is saved, in at most {_SAVE_S:g} s; once more ends it at once")
         self._wait_for_end(self._saving.grace_s, meanwhile)
         if self._ended(0) is None and not self._ignored:
             self._process.send_signal(signal.SIGTERM)
@@ -246,7 +251,7 @@ class Ranks:
             meanwhile()
         if self._watch.begun:
             if self._watch.leads:
-                print(f"{verdict.line}; its ranks are started again", file=sys.stderr, flush=True)
+                say(f"{verdict.line}; its ranks are started again")
             return
         self.hung = verdict
         if code is None:

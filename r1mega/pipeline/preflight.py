@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 def check_references(recipe: Recipe, folder: Path, inputs: bool = True, only: str | None = None) -> list[str]:
     """Import every function a recipe names, from installed modules or from its folder; find every model; fit every layout to its model.
 
-    Without `inputs`, files and folders that are not on this machine are returned, each with the first key that names it, instead of
-    refused; layouts are held against every model whose `config.json` is here. With `only`, the name of a stage, its layout alone.
+    Without `inputs`, files and folders that are not on this machine are returned, each with the first key that names it, or with what a
+    folder lacks, instead of refused; layouts are held against every model whose `config.json` is here. With `only`, the name of a stage,
+    its layout alone.
 
     Raises:
         UserError: names the key, and what is wrong with the function, the folder or the layout.
@@ -49,12 +50,12 @@ def check_references(recipe: Recipe, folder: Path, inputs: bool = True, only: st
             continue
         try:
             _check_path(mark, path, Path(value))
-        except UserError:
+        except UserError as error:
             if inputs:
                 raise
-            missing.setdefault(value, path)
+            missing.setdefault(value, str(error) if Path(value).exists() else f"{value} ({path})")
     check_layouts(recipe, inputs, only)
-    return [f"{value} ({path})" for value, path in missing.items()]
+    return list(missing.values())
 
 
 def _check_path(mark: PathMark, path: str, value: Path) -> None:
@@ -79,6 +80,7 @@ def check_layouts(recipe: Recipe, inputs: bool = True, only: str | None = None) 
     """
     from r1mega.weights.architecture import Architecture, read_config
     from r1mega.weights.engine import check_engine
+    from r1mega.weights.wire import Wire
 
     for name, stage in _chosen(recipe, only):
         try:
@@ -90,7 +92,9 @@ def check_layouts(recipe: Recipe, inputs: bool = True, only: str | None = None) 
                 if key in ("model", "architecture"):
                     _check_layout(recipe, stage, arch)
                 if recipe.rollout.engine == "sglang" and arch.head == "lm":
-                    check_engine(arch, recipe.rollout.sglang.layout.model_copy(update={"device": recipe.run.platform}))
+                    engine = recipe.rollout.sglang.layout.model_copy(update={"device": recipe.run.platform})
+                    check_engine(arch, engine)
+                    Wire(recipe.rollout.dtype, recipe.rollout.sglang.block_fp8).check_served(arch, engine)
                 if isinstance(stage, Grpo):
                     if recipe.rollout.routing_replay != "off" and arch.moe is None:
                         raise UserError("rollout.routing_replay=rollout needs a model with experts, and this one has none; use off")

@@ -15,7 +15,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EACCES
@@ -34,6 +34,9 @@ LOCK = ".lock"
 _DELETED = ".deleted"
 _OURS = frozenset({LOCK, _DELETED, "resolved.yaml", "summary.json", "submitted.json", "scripts", "logs", "stages"})
 _ENDING_S = 20.0
+_SAY_S = 2.0
+
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,13 @@ def _differs(entry: Mapping[str, str], finished: Mapping[str, Provenance], stale
 
 
 @contextmanager
-def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirectory, int]]:
+def claimed(path: Path, recipe: Recipe, fresh: bool, note: Note = lambda line: None) -> Iterator[tuple[RunDirectory, int]]:
     """Hold a run directory, new or of an earlier start of the same recipe, for as long as the block lasts.
 
     Args:
         path: the folder; made when absent.
         fresh: delete what an earlier run left there.
+        note: is told in a line that another run is waited for.
 
     Yields:
         The directory, and the descriptor of its lock. A child that inherits the descriptor keeps the lock while it lives.
@@ -162,7 +166,7 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
     except OSError as error:
         raise _unusable(path, error) from None
     try:
-        _wait_for(lock, path, fcntl.LOCK_EX)
+        _wait_for(lock, path, fcntl.LOCK_EX, note)
         check_belongs(path, recipe, fresh)
         try:
             _prepare(path, recipe, fresh)
@@ -174,8 +178,10 @@ def claimed(path: Path, recipe: Recipe, fresh: bool) -> Iterator[tuple[RunDirect
 
 
 @contextmanager
-def joined(path: Path, recipe: Recipe, stage: str) -> Iterator[tuple[RunDirectory, tuple[int, int]]]:
+def joined(path: Path, recipe: Recipe, stage: str, note: Note = lambda line: None) -> Iterator[tuple[RunDirectory, tuple[int, int]]]:
     """Hold one stage of a run directory; others may hold its other stages at the same time, but nobody the whole of it.
+
+    `note` as of `claimed`.
 
     Yields:
         The directory, and the descriptors of its locks, as `claimed` does.
@@ -189,7 +195,7 @@ def joined(path: Path, recipe: Recipe, stage: str) -> Iterator[tuple[RunDirector
     def hold(folder: Path, kind: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         held.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
-        _wait_for(held[-1], folder, kind)
+        _wait_for(held[-1], folder, kind, note)
 
     try:
         try:
@@ -228,15 +234,19 @@ def _unusable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: the run cannot be written there ({error.strerror}); choose another folder with -o")
 
 
-def _wait_for(lock: int, path: Path, kind: int) -> None:
+def _wait_for(lock: int, path: Path, kind: int, note: Note) -> None:
     """Take the lock. The ranks of a run whose launcher was killed hold it until they have ended, which takes them some seconds."""
-    deadline = time.monotonic() + _ENDING_S
+    begin, said = time.monotonic(), False
     while True:
         try:
             return fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - begin
+            if waited_s > _ENDING_S:
                 raise UserError(f"{path} is in use by another run; wait for it, or choose another folder with -o") from None
+            if waited_s > _SAY_S and not said:
+                note(f"{path} is in use; waiting at most {_ENDING_S:g} s for a run there that ends")
+                said = True
         time.sleep(0.1)
 
 

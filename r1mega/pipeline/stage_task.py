@@ -17,7 +17,7 @@ from r1mega.config.tree import marked
 from r1mega.errors import UserError
 from r1mega.pipeline import nodes
 from r1mega.pipeline.hangs import HUNG, Watch
-from r1mega.pipeline.launcher import RANK, WORKER, Ranks, Saving, explain_failure, first_refusal
+from r1mega.pipeline.launcher import RANK, WORKER, Ranks, Saving, explain_failure, first_refusal, say
 from r1mega.pipeline.node_health import sick_gpus
 from r1mega.pipeline.preflight import check_contents, check_references
 from r1mega.pipeline.rundir import RunDirectory, joined
@@ -64,7 +64,7 @@ def run_stage(recipe_path: Path, overrides: Sequence[str], run_dir: Path | None,
         return _StageTask(RunDirectory(path, recipe), recipe_path, task, alone, worker).serve()
     if task.node:
         return _StageTask(RunDirectory(path, recipe), recipe_path, task, alone, worker).follow()
-    with joined(path, recipe, alone.stage) as (directory, locks):
+    with joined(path, recipe, alone.stage, say) as (directory, locks):
         return _StageTask(directory, recipe_path, task, alone, worker).lead(locks)
 
 

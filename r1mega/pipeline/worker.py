@@ -149,7 +149,7 @@ def opened(run: RunDirectory, progress: Progress, logs: Path, local_ranks: int, 
         servers = rollout.sglang
         wanted = ", ".join(servers.addresses) or f"{servers.layout.servers} of tp {servers.layout.tp}, which log to {logs}"
         progress.note(f"waiting for SGLang servers, at most {servers.start_timeout_s:g} s: {wanted}")
-    where = Surroundings(settings.platform, logs, settings.threads_per_rank, local_ranks, allocation)
+    where = Surroundings(settings.platform, logs, settings.threads_per_rank, local_ranks, allocation, progress.note)
     return open_engine(rollout, model_dir, where)
 
 

@@ -111,13 +111,17 @@ def _time(stage: StagePlan) -> Iterator[str]:
     yield parts
     if stage.busy is not None:
         yield f"  a training step of the slowest stage: {_busy(stage.busy, stage.bubble)}"
-    yield "  FLOPs per token: " + ", ".join(f"{name} {value / _GB:,.1f} G" for name, value in stage.flops.items())
+    yield "  FLOPs per token: " + ", ".join(f"{name} {_flops(value)}" for name, value in stage.flops.items())
 
 
 def _busy(busy: Seconds, bubble: float) -> str:
     whole = busy.total + bubble
     parts = [(name, value) for name, value in zip(PARTS, busy.parts(), strict=True) if value] + [("bubble", bubble)]
     return ", ".join(f"{name} {value / whole:.0%}" for name, value in parts)
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e9:,.1f} G" if value >= 1e9 else f"{value / 1e6:,.1f} M"
 
 
 def _seconds(value: float) -> str:

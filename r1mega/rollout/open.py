@@ -1,5 +1,6 @@
 """Which engine a recipe asks for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,10 @@ from r1mega.rollout.teacher import Teacher
 
 if TYPE_CHECKING:
     from r1mega.rollout.sglang_servers import Found
+
+
+GLANCE_S = 3.0
+"""For a server that is well; one that takes longer is waited for, which people are told."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,19 @@ class Surroundings:
     """GPUs of a machine that the trainer's ranks have, the first ones."""
     allocation: Allocation = ALONE
     """The nodes of the job."""
+    note: Callable[[str], None] = lambda line: None
+    """Shows people a line."""
 
 
 def require(settings: Rollout) -> None:
     """UserError for an engine that cannot be opened, such as a server that is there and refuses the key."""
     if settings.engine == "sglang":
-        from r1mega.rollout.sglang_servers import interpreter
+        from r1mega.rollout.sglang_servers import check_interpreter
 
         if not settings.sglang.addresses:
-            interpreter(settings.sglang)
+            check_interpreter(settings.sglang)
         for server in found(settings):
-            server.ready()
+            server.ready(GLANCE_S)
 
 
 def found(settings: Rollout) -> "list[Found]":

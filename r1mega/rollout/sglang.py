@@ -7,7 +7,7 @@ What is lost with a server is asked again of its successor, with the same seeds 
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from r1mega.rollout.sglang_group import ByBroadcast
 from r1mega.rollout.sglang_memory import Memory, Region
 from r1mega.rollout.sglang_network import ShardsByNetwork
 from r1mega.rollout.sglang_payload import carrier, is_here
-from r1mega.rollout.sglang_servers import Fleet, check_loader, check_model, check_wire, shards_by_network
+from r1mega.rollout.sglang_servers import Fleet, check_loader, check_model, shards_by_network
 from r1mega.rollout.sglang_shards import Shards, ShardsByPayload
 from r1mega.rollout.sglang_sync import ByDisk, ByTensor, Control, Failed, Transport
 from r1mega.weights.architecture import Architecture, read_config
@@ -58,7 +58,7 @@ class SglangEngine:
         self._settings, self._sglang, self._where, self._model_dir = settings, _started_for(settings, self._arch), where, model_dir
         self._wire = Wire(settings.dtype, self._sglang.block_fp8)
         self._layout = self._sglang.layout.model_copy(update={"device": where.platform, "servers": 1})
-        check_wire(self._wire, self._arch, self._layout)
+        self._wire.check_served(self._arch, self._layout)
         self._fleet = ranks.on_first(lambda: Fleet(self._sglang, model_dir, settings.dtype, where))
         self._source: WeightSource | None = None
         self._version = -1
@@ -121,14 +121,31 @@ class SglangEngine:
     def sync(self, source: WeightSource, version: int) -> None:
         """Take a source's weights. UserError when servers do not take them in `retries` further attempts; they stay paused then."""
         self._source, self._version = source, version
-        for _ in range(self._sglang.retries + 1):
-            error = self._synced(source, version)
+        self._until(lambda: self._synced(source, version), f"take weight version {version}")
+
+    def _until(self, act: Callable[[], str | None], what: str, revived: Callable[[], None] = lambda: None) -> None:
+        """Have an act succeed that servers take part in; those that are lost are replaced between its attempts.
+
+        Args:
+            act: returns what went wrong, the same on every rank.
+            what: servers do in it, in words.
+            revived: what servers that were replaced need before the next attempt.
+
+        Raises:
+            UserError: every attempt failed.
+        """
+        for left in range(self._sglang.retries, -1, -1):
+            error = act()
             if error is None:
                 return
-            _log.warning("weight version %d did not reach the servers: %s", version, error)
-            error = self._revive() or error
-        tried = f"tried {self._sglang.retries + 1} times"
-        raise UserError(f"the SGLang servers do not take weight version {version}, {tried}; the last time: {error}")
+            _log.warning("the SGLang servers do not %s: %s", what, error)
+            lost = self._lost()
+            error = "; ".join(lost.values()) or error
+            if left:
+                self._revive(lost)
+                revived()
+        tried = f"tried {self._sglang.retries + 1} times; the last time" if self._sglang.retries else "tried once"
+        raise UserError(f"the SGLang servers do not {what}, {tried}: {error}")
 
     def _synced(self, source: WeightSource, version: int) -> str | None:
         """One attempt; what went wrong, the same on every rank."""
@@ -187,16 +204,21 @@ class SglangEngine:
             wanted[engine_rank] = sums
         return wanted
 
-    def _revive(self) -> str:
-        """Replace servers that are lost; what became of these, or nothing."""
+    def _lost(self) -> dict[int, str]:
+        """What became of servers that are gone or dumb, by their index; the same on every rank."""
+        fleet = self._fleet
+        return ranks.shared(lambda: fleet.lost() if fleet else {})
+
+    def _revive(self, lost: Mapping[int, str]) -> None:
+        """Replace servers that are lost, and connect anew with all of them."""
         self._pool.close()
         self._transport.close()
-        fleet = self._fleet
-        troubles = ranks.shared(lambda: fleet.replace_lost() if fleet else [])
-        for trouble in troubles:
+        for trouble in lost.values():
             _log.warning("replacing a server: %s", trouble)
+            self._where.note(f"lost an SGLang server: {trouble}")
+        fleet = self._fleet
+        ranks.shared(lambda: fleet.replace(lost) if fleet else None)
         self._connect()
-        return "; ".join(troubles)
 
     # -------------------------------------------------------- requests
 
@@ -214,51 +236,46 @@ class SglangEngine:
             drawn(place, sample)
             return sample
 
-        return self._asked([partial(call, place) for place in range(len(requests))])
+        return self._called([partial(call, place) for place in range(len(requests))])
 
     def score(self, scorings: Sequence[Scoring], top_k: int) -> list[Scores]:
         """Score sequences, in order. UserError, before anything is scored, for a sequence that the model cannot take."""
         check_scorings(scorings, top_k, self._arch.vocab, self._arch.max_positions)
-        return self._asked([partial(self._scored, one, top_k) for one in scorings])()
+        return self._called([partial(self._scored, one, top_k) for one in scorings])()
 
-    def _asked(self, calls: Sequence[Callable[[Client], T]]) -> Callable[[], list[T]]:
+    def _called(self, calls: Sequence[Callable[[Client], T]]) -> Callable[[], list[T]]:
         """Make calls in threads; what is returned waits for them."""
         if self._source is None:
             raise UserError("the rollout engine has no weights; sync some before generating")
-        for _ in range(self._sglang.retries + 1):
-            error = self._resumed("kv_cache")
-            if error is None:
-                break
-            self._revive()
-            self.sync(self._source, self._version)
-        else:
-            raise UserError(f"the SGLang servers do not take back the memory of their caches: {error}")
-        return partial(self._answers, calls, [self._pool.submit(call) for call in calls], self._source)
+        source = self._source
+        self._until(lambda: self._resumed("kv_cache"), "take back the memory of their caches", lambda: self.sync(source, self._version))
+        return partial(self._answers, calls, [self._pool.submit(call) for call in calls], source)
 
     def _answers(self, calls: Sequence[Callable[[Client], T]], pending: Sequence[Future[T]], source: WeightSource) -> list[T]:
         """The results of all calls, in order. Those that a lost server took with it are made again once it is replaced, on every rank."""
         found: dict[int, T] = {}
-        places = list(range(len(calls)))
-        for _ in range(self._sglang.retries + 1):
+        under_way = dict(enumerate(pending))
+
+        def gathered() -> str | None:
             patience_s = _FIRST_S
-            while left := sum(ranks.gathered(len(wait(pending, timeout=patience_s).not_done))):
+            while left := sum(ranks.gathered(len(wait(under_way.values(), timeout=patience_s).not_done))):
                 heartbeat.waiting(left, f"{left} answers, {self._pool.oldest()}")
                 patience_s = _MEET_S
             error = None
-            for place, future in zip(places, pending, strict=True):
+            for place, future in under_way.items():
                 try:
                     found[place] = future.result()
                 except Unanswered as lost:
                     error = str(lost)
-            error = ranks.first(error)
-            if error is None:
-                return [found[place] for place in range(len(calls))]
-            _log.warning("asking again what was lost with a server: %s", error)
-            why = self._revive() or error
+            return ranks.first(error)
+
+        def asked_again() -> None:
             self.sync(source, self._version)
-            places = [place for place in places if place not in found]
-            pending = [self._pool.submit(calls[place]) for place in places]
-        raise UserError(f"the SGLang servers were lost {self._sglang.retries + 1} times in one rollout; the last time: {why}")
+            under_way.clear()
+            under_way.update({place: self._pool.submit(call) for place, call in enumerate(calls) if place not in found})
+
+        self._until(gathered, "answer all requests of a rollout", asked_again)
+        return [found[place] for place in range(len(calls))]
 
     def _drawn(self, request: Request, sampling: SamplingParams, client: Client) -> Sample:
         answer = self._generate(
@@ -348,12 +365,7 @@ class SglangEngine:
         self._source, self._version = None, -1
         if not self.colocated:
             return
-        for _ in range(self._sglang.retries + 1):
-            error = ranks.shared(lambda: _failure(lambda: self._memory.release(self._control)))
-            if error is None:
-                return
-            self._revive()
-        raise UserError(f"the SGLang servers do not give back their memory, tried {self._sglang.retries + 1} times; the last time: {error}")
+        self._until(lambda: ranks.shared(lambda: _failure(lambda: self._memory.release(self._control))), "give back their memory")
 
     def _resumed(self, region: Region) -> str | None:
         """Let servers have a region of their memory again; what went wrong, the same on every rank."""
@@ -373,8 +385,8 @@ class _Pool:
     def __init__(self, clients: Sequence[Client], concurrency: int, retries: int) -> None:
         self.clients, self._retries = list(clients), retries
         self._load = [0] * len(self.clients)
-        self._asked: dict[int, tuple[float, int]] = {}
-        """When this thread's call began, and at which server."""
+        self._under_way: dict[int, tuple[float, int]] = {}
+        """When a thread's call began, and at which server."""
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sglang")
 
@@ -389,8 +401,8 @@ class _Pool:
     def oldest(self) -> str:
         """Which server has kept this rank waiting longest, in words."""
         with self._lock:
-            asked = min(self._asked.values(), default=None)
-        return f"the oldest of {self.clients[asked[1]].address}" if asked else "all of them another rank's"
+            first = min(self._under_way.values(), default=None)
+        return f"the oldest of {self.clients[first[1]].address}" if first else "all of them another rank's"
 
     def _attempts(self, call: Callable[[Client], T]) -> T:
         failed: list[int] = []
@@ -405,7 +417,7 @@ class _Pool:
             finally:
                 with self._lock:
                     self._load[place] -= 1
-                    del self._asked[get_ident()]
+                    del self._under_way[get_ident()]
             time.sleep(_PAUSE_S * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -414,7 +426,7 @@ class _Pool:
         with self._lock:
             place = min(range(len(self.clients)), key=lambda place: (failed.count(place), self._load[place]))
             self._load[place] += 1
-            self._asked[get_ident()] = (time.monotonic(), place)
+            self._under_way[get_ident()] = (time.monotonic(), place)
             return place
 
 

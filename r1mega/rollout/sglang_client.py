@@ -8,6 +8,8 @@ from threading import local
 from typing import Any
 from urllib.parse import urlsplit
 
+_ACCEPT_S = 10.0
+
 
 class Unanswered(Exception):
     """The server gave no answer, or one that says that it is not well: another attempt may succeed."""
@@ -53,8 +55,9 @@ class Client:
 
     def _call(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        connection = self._connection(timeout_s)
+        connection = self._connection()
         try:
+            _connect(connection, timeout_s)
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             text = response.read()
@@ -75,20 +78,28 @@ class Client:
         except ValueError as error:
             raise Unanswered(f"{self.address}{path}: answered with broken JSON ({error})") from None
 
-    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
-        """This thread's connection; one that the server has closed meanwhile is opened again."""
+    def _connection(self) -> http.client.HTTPConnection:
+        """This thread's, open or not."""
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if connection is None:
             parts = urlsplit(self.address)
             made = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            connection = self._local.connection = made(parts.hostname or "", parts.port, timeout=timeout_s)
-        connection.timeout = timeout_s
-        if connection.sock is not None:
-            if _hung_up(connection.sock):
-                connection.close()
-            else:
-                connection.sock.settimeout(timeout_s)
+            connection = self._local.connection = made(parts.hostname or "", parts.port)
         return connection
+
+
+def _connect(connection: http.client.HTTPConnection, timeout_s: float) -> None:
+    """Open a connection, also one that the server has closed meanwhile; its answers may take `timeout_s` seconds then."""
+    if connection.sock is not None and _hung_up(connection.sock):
+        connection.close()
+    if connection.sock is None:
+        # Whoever is there accepts at once, however long answers take.
+        connection.timeout = min(timeout_s, _ACCEPT_S)
+        try:
+            connection.connect()
+        except TimeoutError:
+            raise ConnectionError(f"takes no connection within {connection.timeout:g} s") from None
+    connection.sock.settimeout(timeout_s)
 
 
 def _hung_up(sock: socket.socket) -> bool:

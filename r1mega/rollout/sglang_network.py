@@ -12,7 +12,6 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
 
 from r1mega.config.engine_layout import EngineLayout
 from r1mega.pipeline import ranks
@@ -32,7 +31,7 @@ Announced = dict[int, tuple[int, tuple[Patch, ...]]]
 """By rank of all servers, what a rank of the trainer gives to it in a round: bytes, and where they belong."""
 
 
-class ShardsByNetwork(Shards[Announced]):
+class ShardsByNetwork(Shards[dict[int, Parcel]]):
     """`distributed`. The group lasts until a sync fails in it."""
 
     load_format = LOADER
@@ -48,36 +47,34 @@ class ShardsByNetwork(Shards[Announced]):
         """Of which source's sync the notes are. They are the same at its next one: plans do not change."""
         self._notes: list[list[list[str]]] = []
         """By round, on rank 0."""
-        self._packed: list[tuple[int, Tensor]] = []
         self._under_way: list[Any] = []
 
     def send(self, source: WeightSource, wire: Wire, limit: int) -> str | None:
         """See `Shards.send`."""
-        error = self._joined() if self._group is None else None
+        error = self._join() if self._group is None else None
         if self._noted is None or self._noted[0]() is not source or self._noted[1:] != (wire, limit):
             self._noted, self._notes = None, []
         error = error or super().send(source, wire, limit)
         self._noted = (ref(source), wire, limit) if error is None else None
         if error is not None:
             # Servers may wait in it for what never comes, and are lost then: another one is made with those that follow.
-            group, self._group, self._packed, self._under_way = self._group, None, [], []
+            group, self._group, self._under_way = self._group, None, []
             if group is not None:
                 abandon(group)
         return error
 
-    def rounds(self, source: WeightSource, wire: Wire, limit: int) -> Iterator[tuple[Bucket, Announced]]:
-        """See `Shards.rounds`."""
+    def rounds(self, source: WeightSource, wire: Wire, limit: int) -> Iterator[tuple[Bucket, dict[int, Parcel]]]:
+        """Parcels by rank of all servers."""
         each, me = max(1, limit // self.layout.ranks), ranks.number()
         walks = [source.parcels(self.layout, rank, wire, each, me) for rank in range(self.layout.ranks)]
         for parts in zip(*walks, strict=True):
-            found = {rank: parcel for rank, (_, parcel) in enumerate(parts) if parcel is not None}
-            self._packed = [(rank, parcel.message) for rank, parcel in found.items()]
-            yield parts[0][0], {rank: _announced(parcel) for rank, parcel in found.items()}
+            yield parts[0][0], {rank: parcel for rank, (_, parcel) in enumerate(parts) if parcel is not None}
 
-    def payloads(self, index: int, bucket: Bucket, mine: Announced) -> list[list[str]] | None:
+    def payloads(self, index: int, bucket: Bucket, mine: dict[int, Parcel]) -> list[list[str]] | None:
         """See `Shards.payloads`."""
         if self._noted is None:
-            given = ranks.to_first(mine)
+            announced: Announced = {rank: (parcel.message.numel(), parcel.patches) for rank, parcel in mine.items()}
+            given = ranks.to_first(announced)
             if given is not None:
                 self._notes.append(self._note(bucket, given))
         return self._notes[index] if self._notes else None
@@ -94,18 +91,18 @@ class ShardsByNetwork(Shards[Announced]):
         tp = self.layout.tp
         return [notes[server * tp : (server + 1) * tp] for server in range(self.layout.servers)]
 
-    def go(self) -> str | None:
+    def go(self, mine: dict[int, Parcel]) -> str | None:
         """Send the round; what the round before has sent is there, for its request was answered."""
         assert self._meeting is not None
         try:
             for work in self._under_way:
                 work.wait()
-            self._under_way = [self._group.send([message], self._meeting.trainers + rank, 0) for rank, message in self._packed]
+            self._under_way = [self._group.send([parcel.message], self._meeting.trainers + rank, 0) for rank, parcel in mine.items()]
         except RuntimeError as error:
             return f"a server was lost while it was sent its parameters: {' '.join(str(error).split()):.200}"
         return None
 
-    def _joined(self) -> str | None:
+    def _join(self) -> str | None:
         """Form the group; why that failed, on every rank the same."""
         control = self.control
         meeting = ranks.shared(lambda: Meeting.with_servers(control, self.layout.tp, self._backend, ranks.count()))
@@ -126,7 +123,3 @@ class ShardsByNetwork(Shards[Announced]):
         if self._group is not None and self._meeting is not None:
             group, self._group = self._group, None
             leave(self.control if ranks.number() == 0 else None, self._meeting.name, group)
-
-
-def _announced(parcel: Parcel) -> tuple[int, tuple[Patch, ...]]:
-    return parcel.message.numel(), parcel.patches

@@ -23,6 +23,8 @@ _MEETING_PORTS = 7
 """Ranks of a server that spans nodes meet at the first; with copies of the attention its processes talk at those that follow."""
 _DEALT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _CHOICE = 16_384
+_KILLS_ITSELF = "kill_process_tree called"
+"""In the log of a server of SGLang that ends after an error of one of its processes: by SIGKILL."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class State:
     ended: str | None = None
     """How it ended; None while it runs."""
     said: str = ""
-    """The last error in the log of one that has ended."""
+    """Of one that has ended, the last error in its log."""
 
 
 class Part:
@@ -107,7 +109,8 @@ class Part:
         """How it is now."""
         code = self._process.poll()
         ended = None if code is None else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return State(self._address, self._meeting, self._process.pid, str(self.log), ended, _last_line(self.log) if ended else "")
+        said = "" if code is None else _last_words(self.log, code)
+        return State(self._address, self._meeting, self._process.pid, str(self.log), ended, said)
 
     def end(self) -> None:
         """End it with all its processes."""
@@ -165,7 +168,9 @@ def address_towards(host: str, port: int = 80) -> str:
         return address
 
 
-def _last_line(log: Path) -> str:
+def _last_words(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if code == -signal.SIGKILL and not any(_KILLS_ITSELF in line for line in lines):
+        return "from outside, or for want of memory"
     errors = [line for line in lines if "Error" in line or "ERROR:" in line]
     return (errors or lines or ["it wrote nothing"])[-1][:300]

@@ -3,7 +3,9 @@
 import json
 import logging
 import secrets
+import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from threading import Event, Thread
@@ -20,9 +22,7 @@ from r1mega.rollout.sglang_part import INSIDE, LOOPBACK, Order, Part, State
 from r1mega.rollout.sglang_places import places, rooms
 from r1mega.weights.architecture import Architecture, read_config
 from r1mega.weights.blocks import BLOCK
-from r1mega.weights.canonical import canonical
-from r1mega.weights.engine import check_block_fp8, engine_params
-from r1mega.weights.wire import Wire
+from r1mega.weights.engine import engine_params
 
 _log = logging.getLogger(__name__)
 _CPU_TOKENS = 65_536
@@ -52,6 +52,18 @@ def interpreter(settings: Sglang) -> Path:
         "rollout.engine=sglang: there is no environment with SGLang; run tools/install_sglang_cpu, "
         "or name the interpreter of one as rollout.sglang.python"
     )
+
+
+def check_interpreter(settings: Sglang) -> None:
+    """UserError where the Python that should have SGLang has none."""
+    python = interpreter(settings)
+    ask = "import importlib.util as util; raise SystemExit(util.find_spec('sglang') is None)"
+    try:
+        has = subprocess.run([python, "-c", ask], capture_output=True, timeout=_ANSWER_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        has = False
+    if not has:
+        raise UserError(f"rollout.sglang.python: {python} is no interpreter with SGLang; run tools/install_sglang_cpu, or name another")
 
 
 def key_of(settings: Sglang) -> str | None:
@@ -237,10 +249,10 @@ class Found:
     def __init__(self, address: str, settings: Sglang) -> None:
         self.client, self._settings, self._begin = Client(address.rstrip("/"), key_of(settings)), settings, time.monotonic()
 
-    def ready(self) -> bool:
-        """Whether it answers. UserError when it refuses the key, or has had its time."""
+    def ready(self, within_s: float = _ANSWER_S) -> bool:
+        """Whether it answers within so many seconds. UserError when it refuses the key, or has had its time."""
         try:
-            self.client.get("/model_info", _ANSWER_S)
+            self.client.get("/model_info", within_s)
         except Refused as error:
             variable = self._settings.key_variable
             told = f"{variable} holds another one" if variable else "none was sent; name its variable as rollout.sglang.key_variable"
@@ -306,15 +318,15 @@ class Fleet:
                 return not waiting
             time.sleep(_LOOK_S)
 
-    def replace_lost(self) -> list[str]:
-        """Start anew those that are gone or dumb; what became of each. Found ones are waited for by `ready_within`."""
-        troubles = []
-        for index, server in enumerate(self.servers):
-            if not server.well():
-                troubles.append(server.trouble())
-                server.stop()
-                self.servers[index] = self._new(index)
-        return troubles
+    def lost(self) -> dict[int, str]:
+        """What became of servers that are gone or dumb, by their index."""
+        return {index: server.trouble() for index, server in enumerate(self.servers) if not server.well()}
+
+    def replace(self, indices: Iterable[int]) -> None:
+        """Start some anew. Found ones are waited for by `ready_within`."""
+        for index in indices:
+            self.servers[index].stop()
+            self.servers[index] = self._new(index)
 
     def stop(self) -> None:
         """End what was started."""
@@ -323,19 +335,6 @@ class Fleet:
             server.end()
         for server in self.servers:
             server.stop()
-
-
-def check_wire(wire: Wire, arch: Architecture, layout: EngineLayout) -> None:
-    """UserError, one line, when these weights cannot be sent so, or a server of this layout could not take them."""
-    wire.check(arch)
-    if not wire.block_fp8:
-        return
-    if layout.device == "cpu":
-        raise UserError("rollout.sglang.block_fp8: SGLang's FP8 kernels need a GPU; leave it out on a CPU")
-    shapes = {tensor.name: tensor.shape for tensor in canonical(arch)}
-    for param in engine_params(arch, layout, 0):
-        if wire.quantises(param.storage):
-            check_block_fp8(param, shapes)
 
 
 def check_model(client: Client, model_dir: Path, layout: EngineLayout) -> None:

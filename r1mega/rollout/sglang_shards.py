@@ -51,7 +51,7 @@ class Shards(ABC, Generic[Given]):
                 if error is not None:
                     return error
                 payloads = self.payloads(index, bucket, mine)
-                lost = self.go()
+                lost = self.go(mine)
                 if payloads is not None:
                     under_way = thread.submit(self._load, payloads, f"parameters {contents(bucket)}")
             error = (under_way.result() if under_way else None) or lost
@@ -65,8 +65,8 @@ class Shards(ABC, Generic[Given]):
     def payloads(self, index: int, bucket: Bucket, mine: Given) -> list[list[str]] | None:
         """On every rank, which adds `mine`: payloads of round `index` by server and rank, on rank 0; None on the others."""
 
-    def go(self) -> str | None:
-        """On every rank, when a round is about to be asked for; why this rank cannot give what it has announced."""
+    def go(self, mine: Given) -> str | None:
+        """On every rank, when a round is about to be asked for; why this rank cannot give what it has added to it."""
         return None
 
     def _load(self, payloads: list[list[str]], what: str) -> str | None:

@@ -1,7 +1,8 @@
 """Reinforcement learning with group-relative advantages: R1-Zero's stage, and with other rewards R1's.
 
 An update is one optimizer step. A rollout answers `prompts_per_rollout` prompts `group_size` times with one set of weights and is
-split into `updates_per_rollout` minibatches of whole groups, each trained on once.
+split into `updates_per_rollout` minibatches of whole groups, each trained on once. `update` is everywhere the number of updates that are
+done, so the index of the next; the row of an update has the number that it makes.
 """
 
 import json

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from r1mega.config.engine_layout import EngineLayout
 from r1mega.errors import UserError
 from r1mega.weights.architecture import Architecture
 from r1mega.weights.blocks import SCALE, scale_shape
-from r1mega.weights.canonical import Tensor
+from r1mega.weights.canonical import Tensor, canonical
+from r1mega.weights.engine import check_block_fp8, engine_params
 from r1mega.weights.table import Storage
 
 DType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
@@ -44,6 +46,18 @@ class Wire:
         if self.block_fp8 and arch.family == "llama":
             # Its loader looks for `weight_scale`, and drops what is named otherwise with a warning in its log only.
             raise UserError("weight sync: SGLang 0.5.23 loses the scales of block FP8 for llama; send bfloat16")
+
+    def check_served(self, arch: Architecture, engine: EngineLayout) -> None:
+        """UserError when a server of this layout could not be sent the model so, or not serve what it is sent."""
+        self.check(arch)
+        if not self.block_fp8:
+            return
+        if engine.device == "cpu":
+            raise UserError("rollout.sglang.block_fp8: SGLang's FP8 kernels need a GPU; leave it out on a CPU")
+        shapes = {tensor.name: tensor.shape for tensor in canonical(arch)}
+        for param in engine_params(arch, engine, 0):
+            if self.quantises(param.storage):
+                check_block_fp8(param, shapes)
 
     def quantises(self, storage: Storage) -> bool:
         """Whether tensors that checkpoints store so are sent as codes and scales."""
