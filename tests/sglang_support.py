@@ -38,6 +38,15 @@ def require() -> None:
         pytest.skip(str(error))
 
 
+def standin(folder: Path) -> Path:
+    """What a recipe may name as `rollout.sglang.python`, which starts standin_server.py in the place of servers."""
+    python = folder / "python"
+    # Asked whether it has SGLang (`-c`), it has.
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 @contextmanager
 def served(model: Path, folder: Path, dtype: str = "float32", tp: int = 1) -> Iterator[Started]:
     """A server of its own process group, ready."""

@@ -54,7 +54,10 @@ def test_the_published_recipe_fills_64_nodes_and_waits_in_order(tmp_path: Path) 
 
 def test_servers_that_do_not_share_the_ranks_nodes_get_their_own(tmp_path: Path) -> None:
     published, cluster = CONFIGS / "deepseek_v3/r1_zero.yaml", load_cluster(CONFIGS / "clusters/h100_pyxis.yaml")
-    engines = ["rollout.sglang.placement=disaggregated", "rollout.sglang.layout={servers: 3, tp: 32, ep: 32}"]
+    engines = [
+        "rollout.sglang.placement=disaggregated",
+        "rollout.sglang.layout={servers: 3, tp: 32, ep: 32, dense_tp: whole, shared_experts: whole}",
+    ]
     found = tasks(load_recipe(published, engines, inputs=False), cluster, tmp_path / "run")[0]
     assert (found.nodes, found.ranks_per_node, found.engine_nodes, found.gpus_per_node) == (64, 8, 12, 8)
     assert found.arguments[-4:] == ("--engine-nodes", "12", "--gpus-per-node", "8")

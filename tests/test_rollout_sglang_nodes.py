@@ -4,7 +4,6 @@ import itertools
 import os
 import signal
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,9 +144,7 @@ def _cpu() -> Iterator[None]:
 @pytest.fixture
 def opened(tmp_path: Path, _cpu: None) -> Iterator[Callable[..., SglangEngine]]:
     """Opens an engine over a stand-in of two ranks, on the two last of three nodes with a GPU each."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
-    python.chmod(0o755)
+    python = support.standin(tmp_path)
     made = []
 
     def make(behaviour: str = "ok", engines: int = 2, **changes: object) -> SglangEngine:

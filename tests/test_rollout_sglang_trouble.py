@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +34,7 @@ def _cpu() -> Iterator[None]:
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator:
     """Opens an engine over stand-ins with the given settings."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
-    python.chmod(0o755)
+    python = support.standin(tmp_path)
     engines, told = [], list[str]()
 
     def make(behaviour: str = "ok", **changes: object) -> SglangEngine:

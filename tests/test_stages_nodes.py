@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sglang_support import standin
 
 from r1mega.pipeline.metrics import read_metrics
 from r1mega.pipeline.nodes import attempts
@@ -37,7 +38,7 @@ def wait_for(found: Callable[[], object], nodes: list[subprocess.Popen[str]]) ->
     deadline = time.monotonic() + 300
     while not found():
         assert time.monotonic() < deadline
-        assert all(node.poll() is None for node in nodes), [node.communicate()[1] for node in nodes if node.poll() is not None]
+        assert all(node.poll() is None for node in nodes), [node.communicate(timeout=60)[1] for node in nodes]
         time.sleep(0.1)
 
 
@@ -59,9 +60,7 @@ def started() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
 @pytest.mark.slow
 def test_ranks_and_servers_on_nodes_of_one_job(started: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path) -> None:
     """It completes, though a part of the server is killed on the way; nothing is left, and the key was written nowhere."""
-    python, run = tmp_path / "python", tmp_path / "run"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin_server.py")} "$@"\n')
-    python.chmod(0o755)
+    python, run = standin(tmp_path), tmp_path / "run"
     nodes = started(run, f"rollout.sglang.python={python}")
     logs, rows = run / "logs/zero/7-0/engine", run / "stages/01-zero/metrics.jsonl"
     wait_for(logs.is_dir, nodes)
